@@ -1,0 +1,233 @@
+"""The command ``surefoot``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import surefoot
+from surefoot.cli import tables
+from surefoot.errors import OperationsError, RunDirectoryError, SurefootError
+from surefoot.run import open_run
+
+INTERRUPTED = 75
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Trains PyTorch models by mini-batch gradient descent, and shows how it went.",
+)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+
+
+def main() -> None:
+    """Runs the command line.
+
+    Exit codes: 0 finished; 1 failed; 2 bad usage or recipe; 3 diverged; 4 budget reached; 75
+    interrupted, the same command continues.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(prog_name="surefoot")
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # the reader of a pipe has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Errors that are raised on purpose are printed, and give their exit code."""
+    try:
+        yield
+    except SurefootError as error:
+        err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"surefoot {surefoot.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Trains PyTorch models by mini-batch gradient descent, and shows how it went."""
+
+
+@app.command(add_help_option=False)
+def train(
+    context: typer.Context,
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="A recipe file.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options of the recipe.")
+    ] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Run directory; runs/<name of FILE> if left out.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Move a run that lies in --out aside and begin anew.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = None,
+    workers: Annotated[str | None, typer.Option(help="Processes that read a Dataset.")] = None,
+    compiled: Annotated[str | None, typer.Option("--compile", help="auto, on or off.")] = None,
+    threads: Annotated[str | None, typer.Option(help="Threads of CPU kernels.")] = None,
+    progress: Annotated[str | None, typer.Option(help="auto, on or off.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any operations key.")
+    ] = None,
+    wants_help: Annotated[bool, typer.Option("--help", help="Show this, and the options of FILE.")] = False,
+) -> None:
+    """Train a recipe. The same command again continues the run, or says that it has ended."""
+    if wants_help or file is None:
+        _train_help(context, file)
+        raise typer.Exit(0 if wants_help else 2)
+    with _errors():
+        from surefoot.cli.train import Order, run_order
+
+        named = {
+            "device": device,
+            "data.workers": workers,
+            "compute.compile": compiled,
+            "compute.threads": threads,
+            "progress": progress,
+        }
+        flags = {key: value for key, value in named.items() if value is not None}
+        order = Order(file, settings or [], out_dir, fresh, {**flags, **_pairs(sets or [])})
+        code = run_order(order, out, err)
+    raise typer.Exit(code)
+
+
+def _train_help(context: typer.Context, file: Path | None) -> None:
+    out.print(context.get_help(), markup=False)
+    if file is not None:
+        with _errors():
+            from surefoot.cli.recipe_file import RecipeFile
+
+            recipe = RecipeFile(file)
+            out.print(f"\nOptions of {file}, as key=value:")
+            out.print(tables.options(recipe.options()))
+    out.print("\nOperations, for --set, surefoot.toml and the environment (SUREFOOT_...):")
+    from surefoot.operations import known_keys
+
+    out.print(tables.operations(known_keys()))
+
+
+def _pairs(settings: list[str]) -> dict[str, Any]:
+    pairs = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise OperationsError(f"--set {setting!r} has no value.", fix="--set key=value")
+        pairs[key] = value
+    return pairs
+
+
+@app.command()
+def show(path: RunPath, as_json: AsJson = False) -> None:
+    """Show a run: status, metrics, interventions, digest of the weights."""
+    with _errors():
+        view = open_run(path)
+        summary = view.summary()
+        if as_json:
+            tables.print_json(summary)
+        else:
+            out.print(tables.run(summary, view.identity))
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Looks below it.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Show all runs below a folder side by side."""
+    with _errors():
+        if not folder.is_dir():
+            raise RunDirectoryError(f"{folder} is not a folder.")
+        summaries = []
+        for identity in sorted(folder.rglob("run.json")):
+            try:
+                summaries.append(open_run(identity.parent).summary())
+            except SurefootError as error:
+                err.print(f"{identity.parent}: {error}", style="yellow", markup=False)
+        if as_json:
+            tables.print_json(summaries)
+        elif summaries:
+            out.print(tables.runs(summaries))
+        else:
+            out.print(f"no runs below {folder}")
+
+
+@app.command()
+def export(
+    path: RunPath,
+    to: Annotated[str, typer.Option("--to", help="csv, jsonl or parquet.")] = "csv",
+    target: Annotated[Path | None, typer.Option("--out", help="File; standard output if left out.")] = None,
+    all_rows: Annotated[
+        bool, typer.Option("--all-rows", help="Also rows of steps repeated after a restart.")
+    ] = False,
+) -> None:
+    """Export the step log."""
+    with _errors():
+        from surefoot.cli.export import export_log
+
+        export_log(open_run(path).log(all_rows=all_rows), to, target)
+
+
+@app.command()
+def verify(path: RunPath, as_json: AsJson = False) -> None:
+    """Verify every byte of every checkpoint, the ledger, the log and the events."""
+    with _errors():
+        view = open_run(path)
+        findings = view.verify()
+        if as_json:
+            tables.print_json([finding._asdict() for finding in findings])
+        else:
+            for finding in findings:
+                err.print(f"{finding.file}: {finding.what}", style="red", soft_wrap=True)
+            kept, rows = view.checkpoints(), len(view.log()["step"])
+            found = f"{len(findings)} findings" if findings else "all sound"
+            out.print(f"{found}: {len(kept)} checkpoints, {rows:,} rows, ledger and events")
+    raise typer.Exit(1 if findings else 0)
+
+
+@app.command()
+def report(
+    paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    target: Annotated[
+        Path | None,
+        typer.Option("--out", help="HTML file; report.html in the first RUN if left out."),
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about one run or several."""
+    with _errors():
+        from surefoot.cli.export import write_report
+
+        file = target or paths[0] / "report.html"
+        write_report([open_run(path) for path in paths], file)
+        out.print(f"wrote {file}", soft_wrap=True)

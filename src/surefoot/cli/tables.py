@@ -1,0 +1,119 @@
+"""Tables on the terminal, and JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+_COLORS = {
+    "finished": "green",
+    "stopped_early": "green",
+    "running": "cyan",
+    "preempted": "yellow",
+    "budget": "yellow",
+}
+
+
+def print_json(value: Any) -> None:
+    """Prints JSON; numbers that are not finite become null, as JSON has none."""
+    sys.stdout.write(json.dumps(_strict(value), indent=2) + "\n")
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _strict(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_strict(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def run(summary: Mapping[str, Any], identity: Mapping[str, Any]) -> RenderableType:
+    """A run, as ``surefoot show`` prints it."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column(overflow="fold")
+    status = Text(summary["status"], style=_COLORS.get(summary["status"], "red"))
+    if summary["reason"]:
+        status += Text(f" ({summary['reason']})", style="default")
+    table.add_row("status", status)
+    table.add_row("step", f"{summary['step']:,} of {summary['total_steps']:,}")
+    table.add_row("epoch", str(summary["epoch"]))
+    table.add_row("samples", f"{summary['samples']:,}")
+    for name, value in summary["metrics"].items():
+        table.add_row(name if name == "train_loss" else f"val {name}", f"{value:.6g}")
+    table.add_row("interventions", str(summary["interventions"]))
+    table.add_row("attempts", str(summary["attempts"]))
+    table.add_row("training time", f"{summary['train_s']:.1f} s")
+    kept = summary["checkpoint_step"]
+    table.add_row("checkpoint", "none yet" if kept is None else f"at step {kept:,}")
+    table.add_row("digest", summary["digest"] or "-")
+    table.add_row("ledger", summary["ledger"] or "-")
+    options = identity.get("origin", {}).get("options", {})
+    if options:
+        table.add_row("options", " ".join(f"{k}={v}" for k, v in options.items()))
+    environment = identity["environment"]
+    keys = ("device", "threads", "torch", "python")
+    table.add_row("environment", ", ".join(f"{k} {environment[k]}" for k in keys))
+    return Group(Text(summary["run"], style="bold"), table)
+
+
+def runs(summaries: Sequence[Mapping[str, Any]]) -> Table:
+    """Runs side by side, as ``surefoot runs`` prints them."""
+    names = list(dict.fromkeys(n for s in summaries for n in s["metrics"]))
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("run", "status", "step", "epoch", *names, "interventions", "time s", "digest"):
+        right = column not in ("run", "status", "digest")
+        table.add_column(column, justify="right" if right else "left", no_wrap=column != "run")
+    for s in summaries:
+        metrics = [s["metrics"].get(n) for n in names]
+        table.add_row(
+            s["run"],
+            Text(s["status"], style=_COLORS.get(s["status"], "red")),
+            f"{s['step']:,}",
+            f"{s['epoch']:g}",
+            *("-" if m is None else f"{m:.5g}" for m in metrics),
+            str(s["interventions"]),
+            f"{s['train_s']:.1f}",
+            (s["digest"] or "-")[:10],
+        )
+    return table
+
+
+def groups(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Parameter groups, as ``surefoot train`` prints them."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "), justify="left" if column == "group" else "right")
+    for row in rows:
+        table.add_row(
+            row["group"],
+            f"{row['tensors']:,}",
+            f"{row['parameters']:,}",
+            f"{row['lr']:g}",
+            f"{row['weight_decay']:g}",
+        )
+    return table
+
+
+def options(options: Sequence[Any]) -> Table:
+    """Options of a recipe."""
+    table = Table(box=None, padding=(0, 2, 0, 2), show_header=False)
+    for option in options:
+        table.add_row(option.name, option.kind, str(option.default), option.help)
+    return table
+
+
+def operations(fields: Mapping[str, Any]) -> Table:
+    """All keys of operations with their defaults."""
+    table = Table(box=None, padding=(0, 2, 0, 2), show_header=False)
+    for key, field in fields.items():
+        default = "" if field.default is None else str(field.default)
+        table.add_row(key, default, field.description or "")
+    return table

@@ -1,0 +1,115 @@
+"""``surefoot train``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from surefoot.api import EXIT_CODES, Result, result, run_steps
+from surefoot.build import build
+from surefoot.cli import tables
+from surefoot.cli.recipe_file import RecipeFile
+from surefoot.errors import RunDirectoryError
+from surefoot.export.progress import duration_text, progress
+from surefoot.operations import gather
+from surefoot.record.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the command line asks for. flags: dotted operations keys to values."""
+
+    file: Path
+    settings: Sequence[str]
+    out: Path | None
+    fresh: bool
+    flags: dict[str, Any]
+
+
+def run_order(order: Order, out: Console, err: Console) -> int:
+    """Trains as told; the exit code.
+
+    Raises:
+        SurefootError: nothing was trained.
+    """
+    toml = order.file.parent / "surefoot.toml"
+    operations = gather(toml, os.environ, order.flags)
+    recipe_file = RecipeFile(order.file)
+    options = recipe_file.parse(order.settings)
+    recipe = recipe_file.make(options)
+    folder = RunFolder(order.out or Path("runs") / order.file.stem)
+    if order.fresh:
+        _move_aside(folder, order.out, err)
+    built = build(recipe, folder, operations, origin={"file": order.file.name, "options": options})
+    command = " ".join(["surefoot", *sys.argv[1:]])
+    if built.run is None:
+        done = result(built)
+        out.print(f"{folder.path} has ended already: {done.status} after {done.step:,} updates")
+        _verdict(done, None, out, command)
+        return done.exit_code
+    err.print(tables.groups(built.groups))
+    for note in built.notes:
+        err.print(note, markup=False, soft_wrap=True)
+    begun = time.monotonic()
+    with progress(folder.path, on=operations.progress != "off", console=err):
+        for _ in run_steps(built):
+            pass
+    done = result(built)
+    _verdict(done, time.monotonic() - begun, out, command)
+    return EXIT_CODES.get(done.status, 1)
+
+
+def _move_aside(folder: RunFolder, out: Path | None, err: Console) -> None:
+    """Renames an existing run; it is never removed.
+
+    Raises:
+        RunDirectoryError: --out was not given, the folder holds something else, or is in use.
+    """
+    if out is None:
+        raise RunDirectoryError(
+            "--fresh needs --out.",
+            why="It moves what lies there aside, so you say where.",
+            fix=f"Add --out {folder.path}.",
+        )
+    if not folder.holds_run():
+        return
+    if folder.is_running():
+        raise RunDirectoryError(f"{folder.path} is in use by another process.")
+    number = 1
+    while (aside := folder.path.with_name(f"{folder.path.name}.old-{number}")).exists():
+        number += 1
+    folder.path.rename(aside)
+    err.print(f"moved the run in {folder.path} to {aside}", soft_wrap=True)
+
+
+def _verdict(done: Result, seconds: float | None, out: Console, command: str) -> None:
+    """Says how the run stands, and what to do next."""
+    took = "" if seconds is None else f" in {duration_text(seconds)}"
+    said = {
+        "finished": f"finished: {done.step:,} updates{took}",
+        "stopped_early": f"stopped early: no improvement, after {done.step:,} updates{took}",
+        "preempted": f"interrupted after {done.step:,} updates; run the same command to continue",
+        "diverged": f"diverged after {done.step:,} updates",
+    }
+    colors = {"finished": "bold green", "stopped_early": "bold green", "diverged": "bold red"}
+    out.print(said.get(done.status, done.status), style=colors.get(done.status, "bold yellow"))
+    for name, value in done.metrics.items():
+        out.print(f"  validation {name}: {value:.5g}")
+    if done.interventions:
+        out.print(f"  refused updates: {done.interventions}", style="yellow")
+    out.print(f"  digest {done.digest[:16]}  ledger {done.ledger[:16]}")
+    path = done.run_dir
+    if done.status == "preempted":
+        out.print(f"next: {command}", markup=False, soft_wrap=True)
+        return
+    out.print(f"next: surefoot show {path}", markup=False, soft_wrap=True)
+    out.print(f"      surefoot report {path}", markup=False, soft_wrap=True)
+    out.print(f"      surefoot verify {path}", markup=False, soft_wrap=True)
+    out.print(f"      surefoot export {path} --to csv", markup=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Readers of the record: files, tables, pages, progress. They need no torch."""

@@ -1,0 +1,1 @@
+"""The guard: permits updates on the device, reviews rows on the host."""

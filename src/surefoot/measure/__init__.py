@@ -1,0 +1,1 @@
+"""Measuring a model: validation metrics and the digest of its weights."""

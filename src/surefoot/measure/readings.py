@@ -1,0 +1,53 @@
+"""Bringing device numbers to the host without making the loop wait for the device."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Readings(Generic[T]):
+    """A queue of device scalars on their way to the host.
+
+    On a CPU they arrive at once. On a GPU each set is copied to pinned memory behind the work that
+    makes it, and is read `LAG` updates later: a fixed number, so that whatever is decided on it is
+    decided at the same step in every repetition of the run.
+    """
+
+    LAG = 8
+
+    def __init__(self, device: torch.device) -> None:
+        self._lag = 0 if device.type == "cpu" else self.LAG
+        self._cuda = device.type == "cuda"
+        self._queue: deque[tuple[T, Tensor, torch.cuda.Event | None]] = deque()
+
+    def put(self, label: T, numbers: tuple[Tensor, ...]) -> Iterator[tuple[T, list[float]]]:
+        """Adds a set of 0-d tensors; gives back those sets whose turn has come."""
+        if self._lag == 0:
+            yield label, [number.item() for number in numbers]
+            return
+        packed = torch.stack([number.double() for number in numbers])
+        arrived = None
+        if self._cuda:
+            packed = packed.to("cpu", non_blocking=True)
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        self._queue.append((label, packed, arrived))
+        yield from self._read(leave=self._lag)
+
+    def rest(self) -> Iterator[tuple[T, list[float]]]:
+        """All that is still under way; waits for the device."""
+        yield from self._read(leave=0)
+
+    def _read(self, *, leave: int) -> Iterator[tuple[T, list[float]]]:
+        while len(self._queue) > leave:
+            label, packed, arrived = self._queue.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            yield label, packed.tolist()

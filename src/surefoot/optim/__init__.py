@@ -1,0 +1,1 @@
+"""Optimization: objectives, optimizers, parameter groups, schedules, gradient transforms, precision."""

@@ -1,0 +1,58 @@
+"""Gradient transforms: specs that are their own implementation. Applied once per update, after
+accumulation and unscaling, in the order given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from surefoot.errors import RecipeError
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """2-norm of all elements: 0-d. Summed per tensor and then over tensors, as torch does."""
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
+    return norm
+
+
+@dataclass(frozen=True, slots=True)
+class ClipNorm:
+    """Scales all gradients so that their global 2-norm is at most `max_norm` (Pascanu et al. 2013);
+    the same bits as ``torch.nn.utils.clip_grad_norm_``.
+    """
+
+    max_norm: float
+
+    def __post_init__(self) -> None:
+        if not self.max_norm > 0:
+            raise RecipeError(f"clip_norm({self.max_norm}) must be above zero.")
+
+    def __call__(self, grads: Sequence[Tensor], norm: Tensor) -> Tensor:
+        """Clips `grads` in place; returns the norm after it."""
+        factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(list(grads), factor)
+        return norm * factor
+
+
+@dataclass(frozen=True, slots=True)
+class ClipValue:
+    """Clamps each element of the gradients to [-limit, limit]."""
+
+    limit: float
+
+    def __post_init__(self) -> None:
+        if not self.limit > 0:
+            raise RecipeError(f"clip_value({self.limit}) must be above zero.")
+
+    def __call__(self, grads: Sequence[Tensor], norm: Tensor) -> None:
+        """Clamps `grads` in place."""
+        torch._foreach_clamp_max_(list(grads), self.limit)
+        torch._foreach_clamp_min_(list(grads), -self.limit)
+
+
+clip_norm = ClipNorm
+clip_value = ClipValue

@@ -1,0 +1,108 @@
+"""The last part of a step: apply the update if it is permitted, or leave everything as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from surefoot.optim.gradients import global_norm
+
+
+class Updater:
+    """Applies updates of an optimizer.
+
+    On a CPU the go-ahead is read at once, which costs nothing, and a refused update does not call the
+    optimizer at all; so it holds for any optimizer. On a GPU, optimizers with ``fused=True`` take the
+    go-ahead as a device tensor, as torch's gradient scaler gives it; for the others it is read.
+
+    Args:
+        optimizer: over parameters of `params`.
+        params: all trainable parameters, in the model's order.
+        measure_every: `update_ratio` is measured in steps that are multiples of it: it costs a copy
+            of the weights.
+    """
+
+    def __init__(self, optimizer: Optimizer, params: Sequence[Tensor], *, measure_every: int) -> None:
+        self.optimizer, self.params = optimizer, [p.detach() for p in params]
+        self._every = measure_every
+        self._before = [torch.empty_like(p) for p in self.params]
+        self._unmeasured = torch.tensor(torch.nan)
+        on_device = self.params[0].device.type == "cuda"
+        self._asks_device = on_device and all(g.get("fused") for g in optimizer.param_groups)
+        if self._asks_device:
+            self._create_momentum()
+
+    def _create_momentum(self) -> None:
+        """Zero momentum buffers before the first step: if torch's fused SGD is told to skip its first
+        step it keeps an uninitialised buffer. Equal to torch's own first step if nothing dampens.
+        """
+        for group in self.optimizer.param_groups:
+            if not group.get("momentum") or not isinstance(self.optimizer, torch.optim.SGD):
+                continue
+            if group["dampening"]:
+                self._asks_device = False
+                return
+            for p in group["params"]:
+                self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    def apply(self, permitted: Tensor, *, step: int, multiplier: float, base: list[float]) -> Tensor:
+        """One update, if `permitted` (bool, 0-d), at the rates ``base[group] * multiplier``.
+
+        Returns the update ratio: 2-norm of the change over 2-norm of the weights before; NaN where
+        it is not measured, 0 where the update is refused.
+        """
+        for group, lr in zip(self.optimizer.param_groups, base, strict=True):
+            group["lr"] = lr * multiplier
+        if not self._asks_device and not permitted.item():
+            return torch.zeros_like(self._unmeasured)
+        measured = step % self._every == 0
+        if measured:
+            torch._foreach_copy_(self._before, self.params)
+        if self._asks_device:
+            self.optimizer.found_inf = (~permitted).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        if not measured:
+            return self._unmeasured
+        size = global_norm(self._before)
+        torch._foreach_sub_(self._before, self.params)
+        return global_norm(self._before) / size
+
+
+class Buffers:
+    """Buffers that the forward pass changes (batch-norm statistics), so that it can be undone.
+
+    Which they are is learned from torch's version counters: everything is copied before the first
+    forward pass, afterwards only what has changed so far. Constant tables cost nothing.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._live = list(model.buffers())
+        self._changing: list[Tensor] | None = None
+        self._kept: list[Tensor] = []
+        self._versions: list[int] = []
+
+    def remember(self) -> None:
+        """Before the first forward pass of a step."""
+        if not self._live:
+            return
+        if self._changing is None:
+            self._kept = [b.detach().clone() for b in self._live]
+            self._versions = [b._version for b in self._live]
+        elif self._changing:
+            torch._foreach_copy_(self._kept, self._changing)
+
+    def settle(self, permitted: Tensor, *, on_host: bool) -> None:
+        """After the last one: keep the changes if `permitted` (bool, 0-d), else undo them."""
+        if not self._live:
+            return
+        if self._changing is None:
+            changed = [b._version != v for b, v in zip(self._live, self._versions, strict=True)]
+            self._changing = [b for b, c in zip(self._live, changed, strict=True) if c]
+            self._kept = [k for k, c in zip(self._kept, changed, strict=True) if c]
+        if not self._changing or (on_host and permitted.item()):
+            return
+        for live, kept in zip(self._changing, self._kept, strict=True):
+            live.copy_(kept if on_host else torch.where(permitted, live, kept))

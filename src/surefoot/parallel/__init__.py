@@ -1,0 +1,1 @@
+"""Strategies: how many processes train together."""

@@ -1,0 +1,1 @@
+"""The record of a run: step log, events, identity, ledger. Needs no torch."""

@@ -1,0 +1,169 @@
+"""Looking at a run: reads a run directory, also while it is being written. Needs no torch."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from surefoot.checkpoint.kept import Checkpoint, list_checkpoints
+from surefoot.data.plan import Plan
+from surefoot.errors import StateError
+from surefoot.record.columns import Columns, lineage
+from surefoot.record.events import Event, event_lineage, read_events
+from surefoot.record.folder import RunFolder
+from surefoot.record.ledger import Ledger
+from surefoot.record.log import read_log
+
+
+class Finding(NamedTuple):
+    """Something in a run directory that is not as it was written."""
+
+    file: str
+    what: str
+
+
+class RunView:
+    """A run directory, read.
+
+    Raises:
+        RunDirectoryError: there is no run in it.
+        StateError: its ``run.json`` cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._folder = RunFolder(path)
+        self.identity = self._folder.identity()
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self._folder.path
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Which samples are in which step: ``run.plan.ids(t)`` is int64[B]."""
+        return Plan(**self.identity["plan"])
+
+    @property
+    def total(self) -> int:
+        """Updates in the whole run."""
+        return int(self.identity["total_updates"])
+
+    def log(self, *, all_rows: bool = False) -> Columns:
+        """The step log as numpy columns, one row per step; see `surefoot.record.columns`.
+
+        Args:
+            all_rows: also rows of steps that were repeated after a restart, in the order written.
+        """
+        columns = read_log(self._folder.steps).columns
+        return columns if all_rows else lineage(columns)
+
+    def events(self, *, all_events: bool = False) -> list[Event]:
+        """Rare facts in order: dicts with ``kind``, ``time``, ``attempt`` and what the kind has.
+
+        Args:
+            all_events: also those of steps that were repeated after a restart.
+        """
+        events, _ = read_events(self._folder.events_file)
+        return events if all_events else event_lineage(events)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Checkpoints, oldest first, not verified."""
+        return list_checkpoints(self._folder.checkpoints)
+
+    @property
+    def status(self) -> str:
+        """``running``, ``finished``, ``stopped_early``, ``diverged``, ``preempted``, ``budget`` or
+        ``failed``. A run whose process died without a word has failed.
+        """
+        return self._status(self.events(all_events=True))
+
+    def _status(self, events: list[Event]) -> str:
+        if self._folder.is_running():
+            return "running"
+        last = events[-1] if events else {}
+        return str(last["status"]) if last.get("kind") == "ended" else "failed"
+
+    def summary(self) -> dict[str, Any]:
+        """What ``surefoot show --json`` prints.
+
+        step, samples, epoch: how far the log goes; epoch counts epochs done, with a fraction.
+        metrics: name to last value; ``train_loss`` is the last row's. interventions: refused updates.
+        digest, ledger: of the newest checkpoint, which may lie before `step`.
+        """
+        log, everything = self.log(), self.events(all_events=True)
+        events = event_lineage(everything)
+        step = int(log["step"][-1]) + 1 if len(log["step"]) else 0
+        metrics: dict[str, float] = {}
+        if step:
+            metrics["train_loss"] = float(log["loss"][-1])
+        for event in events:
+            if event["kind"] == "validated":
+                metrics |= {name: float(value) for name, value in event["metrics"].items()}
+        kept = self.checkpoints()
+        facts = kept[-1].facts() if kept else {}
+        epochs = self.plan.epochs(step)
+        ended = next((e for e in reversed(everything) if e["kind"] == "ended"), {})
+        last_diverged = next((e for e in reversed(events) if e["kind"] == "diverged"), {})
+        return {
+            "run": str(self.path),
+            "status": self._status(everything),
+            "reason": last_diverged.get("reason") or ended.get("error") or ended.get("reason"),
+            "step": step,
+            "total_steps": self.total,
+            "samples": self.plan.samples(step),
+            "epoch": int(epochs) if epochs.denominator == 1 else round(float(epochs), 4),
+            "metrics": metrics,
+            "interventions": int((~log["permitted"]).sum()),
+            "digest": facts.get("digest"),
+            "ledger": facts.get("ledger"),
+            "checkpoint_step": kept[-1].step if kept else None,
+            "attempts": max((e["attempt"] for e in everything), default=0),
+            "train_s": round(float(log["step_s"].sum()), 3),
+            "lr": float(log["lr"][-1]) if step else None,
+        }
+
+    def verify(self) -> list[Finding]:
+        """Checks every byte of every checkpoint, the ledger, the log and the events.
+
+        Returns what is not as it was written; nothing, if all is well.
+        """
+        findings: list[Finding] = []
+        try:
+            log = read_log(self._folder.steps)
+        except StateError as error:
+            return [Finding("steps/rows.bin", error.what)]
+        for offset, reason in log.damage:
+            findings.append(Finding("steps/rows.bin", f"{reason} at byte {offset}"))
+        _, broken = read_events(self._folder.events_file)
+        findings += [Finding("events.jsonl", f"line {number} is not whole") for number in broken]
+        for checkpoint in self.checkpoints():
+            name = f"checkpoints/{checkpoint.path.name}"
+            try:
+                checkpoint.verify()
+                kept = checkpoint.facts()["ledger"]
+            except StateError as error:
+                findings.append(Finding(name, error.what))
+                continue
+            told = self._ledger_at(checkpoint.step, lineage(log.columns))
+            if told != kept:
+                what = f"the ledger is {kept[:12]}..., but plan and log give {told and told[:12]}..."
+                findings.append(Finding(name, what))
+        return findings
+
+    def _ledger_at(self, step: int, log: Columns) -> str | None:
+        """The ledger after `step` attempted updates, made again from plan and log."""
+        steps, permitted = log["step"].tolist(), log["permitted"].tolist()
+        if steps[:step] != list(range(step)):
+            return None
+        ledger = Ledger()
+        for t in range(step):
+            if permitted[t]:
+                ledger.extend(t, self.plan.ids(t))
+        return ledger.value
+
+
+def open_run(path: str | Path) -> RunView:
+    """A run directory, for reading; see `RunView`."""
+    return RunView(path)

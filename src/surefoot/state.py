@@ -1,0 +1,149 @@
+"""The state of a run: everything that its next step depends on, and that a checkpoint holds.
+
+Not in it, because they are functions of the step: the order of samples, the learning rate, random
+numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from surefoot.checkpoint.store import Snapshot
+from surefoot.checkpoint.tensors import flatten, unflatten
+from surefoot.errors import StateError
+from surefoot.guard.guard import Watch
+from surefoot.measure.digest import digest
+from surefoot.optim.patience import Patience
+from surefoot.optim.precision import LossScale
+from surefoot.record.ledger import Ledger
+
+
+@dataclass
+class RunState:
+    """Counters and parts with state.
+
+    step: attempted updates. samples: consumed. num_refused: updates not applied. validated_at: step
+    of the last validation. metrics: its values. lr_cuts: reductions on plateau so far. elapsed_s:
+    seconds of training in all attempts.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    scale: LossScale | None
+    guard: Watch
+    plateau: Patience | None
+    early_stopping: Patience | None
+    ledger: Ledger = field(default_factory=Ledger)
+    step: int = 0
+    samples: int = 0
+    num_refused: int = 0
+    validated_at: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    lr_cuts: int = 0
+    stopped_early: bool = False
+    elapsed_s: float = 0.0
+
+    COUNTERS: ClassVar[tuple[str, ...]] = (
+        "step",
+        "samples",
+        "num_refused",
+        "validated_at",
+        "metrics",
+        "lr_cuts",
+        "stopped_early",
+        "elapsed_s",
+    )
+
+    def snapshot(self) -> Snapshot:
+        """The whole state. Tensors are not copied: write it before the next step."""
+        model: dict[str, Tensor] = {}
+        aliases: dict[str, str] = {}
+        extra: dict[str, Any] = {}
+        seen: dict[tuple[Any, ...], str] = {}
+        for name, value in self.model.state_dict().items():
+            if not isinstance(value, Tensor):  # from a module's get_extra_state
+                extra[name] = flatten(value, f"extra/{name}", model)
+                continue
+            place = (value.data_ptr(), value.dtype, value.shape, value.stride())
+            if value.numel() and place in seen:  # tied weights are kept once
+                aliases[name] = seen[place]
+                continue
+            seen[place] = name
+            model[name] = value
+        optimizer: dict[str, Tensor] = {}
+        facts = {
+            "counters": {name: getattr(self, name) for name in self.COUNTERS},
+            "ledger": self.ledger.value,
+            "digest": digest({**model, **{a: model[name] for a, name in aliases.items()}}),
+            "aliases": aliases,
+            "extra": extra,
+            "optimizer": flatten(self._optimizer_state(), "", optimizer),
+            "stateful": {
+                name: part.state_dict() for name, part in self._stateful().items() if part is not None
+            },
+        }
+        return Snapshot(model, optimizer, facts)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Puts a state back, by the names of parameters.
+
+        Raises:
+            StateError: the state is of another model or optimizer.
+        """
+        facts, model = snapshot.facts, dict(snapshot.model)
+        extra = {name: unflatten(tree, model) for name, tree in facts["extra"].items()}
+        tensors = {name: t for name, t in model.items() if not name.startswith("extra/")}
+        tensors |= {alias: tensors[name] for alias, name in facts["aliases"].items()}
+        try:
+            self.model.load_state_dict(tensors | extra)
+        except RuntimeError as error:
+            raise StateError(f"the checkpoint is of another model: {error}") from error
+        self._load_optimizer_state(unflatten(facts["optimizer"], snapshot.optimizer))
+        for name, part in self._stateful().items():
+            if part is not None:
+                part.load_state_dict(facts["stateful"][name])
+        for name, value in facts["counters"].items():
+            setattr(self, name, value)
+        self.ledger = Ledger(facts["ledger"])
+
+    def _stateful(self) -> dict[str, LossScale | Watch | Patience | None]:
+        return {
+            "loss_scale": self.scale,
+            "guard": self.guard,
+            "plateau": self.plateau,
+            "early_stopping": self.early_stopping,
+        }
+
+    def _names(self) -> list[str]:
+        """Parameter names in the order in which the optimizer numbers them."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        return [names[id(p)] for g in self.optimizer.param_groups for p in g["params"]]
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        state, names = self.optimizer.state_dict(), self._names()
+        return {
+            "state": {names[number]: slots for number, slots in state["state"].items()},
+            "groups": [
+                {k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]
+            ],
+        }
+
+    def _load_optimizer_state(self, kept: dict[str, Any]) -> None:
+        current, names = self.optimizer.state_dict(), self._names()
+        if len(kept["groups"]) != len(current["param_groups"]) or not set(kept["state"]) <= set(names):
+            raise StateError("the checkpoint is of another optimizer or other parameter groups.")
+        numbers = {name: number for number, name in enumerate(names)}
+        groups = []
+        for now, then in zip(current["param_groups"], kept["groups"], strict=True):
+            tuples = {k: tuple(v) for k, v in then.items() if isinstance(now.get(k), tuple)}
+            groups.append({**then, **tuples, "params": now["params"]})
+        self.optimizer.load_state_dict(
+            {
+                "state": {numbers[name]: slots for name, slots in kept["state"].items()},
+                "param_groups": groups,
+            }
+        )

@@ -1,0 +1,158 @@
+"""Plain values that all parts share. Importing this needs neither torch nor any part."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surefoot.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Ids = NDArray[np.int64]
+Tree = Any
+"""Tensors in nested tuples, lists and dicts: what a source's `fetch` returns."""
+
+HOLE = -1
+"""The id of a slot that no sample fills; its weight is zero."""
+
+
+# ---------------------------------------------------------------------------------- durations
+
+Unit = Literal["updates", "ep", "%", "samples", "s"]
+_UNITS: dict[str, tuple[Unit, int]] = {
+    "": ("updates", 1),
+    "ep": ("ep", 1),
+    "%": ("%", 1),
+    "samples": ("samples", 1),
+    "s": ("s", 1),
+    "min": ("s", 60),
+    "h": ("s", 3600),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Duration:
+    """How long: a number of updates, epochs, samples, percent of the run, or seconds."""
+
+    value: Fraction
+    unit: Unit
+
+    def __str__(self) -> str:
+        value = int(self.value) if self.value.denominator == 1 else float(self.value)
+        return f"{value}{'' if self.unit == 'updates' else self.unit}"
+
+
+DurationLike = int | str | Duration
+
+
+def duration(text: DurationLike, *, name: str = "duration") -> Duration:
+    """Reads ``700`` (updates), ``"20ep"``, ``"5%"``, ``"1e6samples"``, ``"30s"``, ``"5min"``, ``"2h"``.
+
+    Raises:
+        RecipeError: it is none of these, or not above zero.
+    """
+    if isinstance(text, Duration):
+        return text
+    match = re.fullmatch(r"\s*([0-9.eE+]+)\s*(ep|%|samples|s|min|h|)\s*", str(text))
+    try:
+        if match is None or isinstance(text, bool):
+            raise InvalidOperation
+        unit, factor = _UNITS[match[2]]
+        value = Fraction(Decimal(match[1])) * factor
+    except (InvalidOperation, ValueError, OverflowError):
+        raise RecipeError(
+            f"{name} = {text!r} is not a duration.",
+            fix='Give updates (700), epochs ("20ep"), samples ("1e6samples"), a share of the run '
+            '("5%"), or, for checkpoints, a time ("5min").',
+        ) from None
+    if value <= 0:
+        raise RecipeError(f"{name} = {text!r} must be above zero.")
+    if unit == "updates" and value.denominator != 1:
+        raise RecipeError(f"{name} = {text!r}: updates come in whole numbers.")
+    return Duration(value, unit)
+
+
+# ---------------------------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """What the plan says of one update. B slots; a slot without a sample is a hole.
+
+    ids: int64[B], `HOLE` where there is no sample. epoch: of the first slot, from 0.
+    epochs: int64[B] if the batch straddles an epoch's end, else None. num_samples: B less holes.
+    """
+
+    step: int
+    epoch: int
+    ids: Ids
+    epochs: Ids | None
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Minibatch:
+    """Samples of one update, on the device.
+
+    data: what the source's fetch returned, B rows. weights: float[B], 0 in holes, or None if all are
+    1. num_rows: B.
+    """
+
+    slots: Slots
+    data: Tree
+    weights: Tensor | None
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one update did. Numbers are 0-d tensors on the device: reading one may wait for it.
+
+    step: the attempted update, from 0. epoch: in which it fell, from 0. samples: consumed by the run
+    so far, this update included. lr: of the first parameter group. loss: weighted mean over the
+    batch. grad_norm: global 2-norm before clipping. update_ratio: 2-norm of the change over 2-norm of
+    the weights before it, not a number where it was not measured. permitted: whether the update was
+    applied. metrics: of the validation that followed this update, else None.
+    """
+
+    step: int
+    epoch: int
+    samples: int
+    lr: float
+    loss: Tensor
+    grad_norm: Tensor
+    update_ratio: Tensor
+    permitted: Tensor
+    model: nn.Module
+    batch: Minibatch
+    metrics: dict[str, float] | None = None
+
+
+# ---------------------------------------------------------------------------------- trees
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Tree) -> Tree:
+    """The same nest of tuples, lists and dicts with `function` applied to each leaf."""
+    if isinstance(tree, dict):
+        return {name: map_leaves(function, branch) for name, branch in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_leaves(function, branch) for branch in tree))
+    if isinstance(tree, tuple | list):
+        return type(tree)(map_leaves(function, branch) for branch in tree)
+    return function(tree)
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """The leaves of a nest of tuples, lists and dicts, in order."""
+    found: list[Any] = []
+    map_leaves(found.append, tree)
+    return found

@@ -1,0 +1,83 @@
+"""Shared by all tests: small data, small models, and running the command line for real."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import surefoot as sf
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)
+
+
+def blobs(n: int = 256, features: int = 8, classes: int = 3, seed: int = 0):
+    """Points around class centres: x float32[n, features], y int64[n]."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(classes, features)) * 2
+    y = rng.integers(0, classes, n)
+    return (centres[y] + rng.normal(size=(n, features))).astype("float32"), y
+
+
+def mlp(features: int = 8, classes: int = 3, hidden: int = 16) -> nn.Module:
+    return nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+
+
+def recipe(**changes: Any) -> sf.Recipe:
+    """A recipe that trains in a fraction of a second, with `changes`."""
+    base: dict[str, Any] = {
+        "model": mlp,
+        "data": sf.Arrays(*blobs()),
+        "objective": sf.supervised(F.cross_entropy),
+        "optimizer": sf.SGD(lr=0.1, momentum=0.9),
+        "batch": sf.Batch(32),
+        "until": "2ep",
+    }
+    return sf.Recipe(**(base | changes))
+
+
+def flat(model: nn.Module) -> torch.Tensor:
+    """All parameters as one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.fixture
+def fit(tmp_path: Path) -> Callable[..., sf.Result]:
+    """Trains ``recipe(**changes)`` in a new directory."""
+    count = iter(range(1000))
+
+    def run(*, operations: dict[str, Any] | None = None, **changes: Any) -> sf.Result:
+        where = tmp_path / f"run{next(count)}"
+        return sf.fit(recipe(**changes), out=where, operations=sf.Operations(**(operations or {})))
+
+    return run
+
+
+def surefoot_process(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+    """The command line in a process of its own, with one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **options.pop("env", {})}
+    return subprocess.Popen(
+        [sys.executable, "-m", "surefoot", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
+    )
+
+
+def surefoot(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs the command line to its end."""
+    process = surefoot_process(*arguments, **options)
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -1,0 +1,177 @@
+"""The loop is the loop that people write, to the bit."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import blobs, flat, mlp, recipe
+from torch import nn
+
+import surefoot as sf
+
+UPDATES = 200
+CASES = {
+    "sgd": (sf.SGD(lr=0.1), torch.optim.SGD, {"lr": 0.1}),
+    "momentum": (sf.SGD(lr=0.1, momentum=0.9), torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    "dampening": (
+        sf.SGD(lr=0.1, momentum=0.9, dampening=0.3),
+        torch.optim.SGD,
+        {"lr": 0.1, "momentum": 0.9, "dampening": 0.3},
+    ),
+    "nesterov": (
+        sf.SGD(lr=0.1, momentum=0.9, nesterov=True),
+        torch.optim.SGD,
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True},
+    ),
+    "weight decay": (
+        sf.SGD(lr=0.1, momentum=0.9, weight_decay=0.01),
+        torch.optim.SGD,
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+    ),
+    "fused": (
+        sf.SGD(lr=0.1, momentum=0.9, fused=True),
+        torch.optim.SGD,
+        {"lr": 0.1, "momentum": 0.9, "fused": True},
+    ),
+    "adam": (sf.Adam(lr=0.01), torch.optim.Adam, {"lr": 0.01}),
+    "adamw": (sf.AdamW(lr=0.01), torch.optim.AdamW, {"lr": 0.01}),
+    "nadamw": (sf.NAdamW(lr=0.01), torch.optim.NAdam, {"lr": 0.01, "weight_decay": 0.01, "decoupled_weight_decay": True}),  # fmt: skip
+    "rmsprop": (sf.RMSprop(lr=0.01, momentum=0.5), torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5}),
+    "adagrad": (sf.Adagrad(lr=0.1), torch.optim.Adagrad, {"lr": 0.1}),
+    "adadelta": (sf.Adadelta(lr=1.0), torch.optim.Adadelta, {"lr": 1.0}),
+    "adafactor": (sf.Adafactor(lr=0.01), torch.optim.Adafactor, {"lr": 0.01}),
+}
+
+
+def plain_loop(kind, options, x, y, *, batch=50, loss=F.cross_entropy, model=mlp):
+    """What a person writes. Biases do not decay, as by surefoot's default rule."""
+    torch.manual_seed(7)
+    model = model()
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    biases = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": weights}, {"params": biases, "weight_decay": 0.0}]
+    optimizer = kind(groups, **options)
+    base = [g["lr"] for g in optimizer.param_groups]
+    losses, step = [], 0
+    while step < UPDATES:
+        for start in range(0, len(x), batch):
+            if step == UPDATES:
+                break
+            progress = step / (UPDATES - 1)
+            for group, lr in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = lr * (0.5 * (1 + np.cos(np.pi * progress)))
+            optimizer.zero_grad()
+            value = loss(model(x[start : start + batch]), y[start : start + batch])
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            losses.append(value.item())
+            step += 1
+    return model, losses
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_after_200_updates_are_the_same_bits(fit, case):
+    spec, kind, options = CASES[case]
+    x, y = blobs(230)  # 230 = 4 x 50 + 30: a ragged tail, too
+    expected, losses = plain_loop(kind, options, torch.from_numpy(x), torch.from_numpy(y))
+    done = fit(
+        data=sf.Arrays(x, y),
+        optimizer=spec,
+        schedule=sf.cosine(),
+        batch=sf.Batch(50, shuffle=False),
+        gradient=(sf.clip_norm(0.5),),
+        until=UPDATES,
+        seed=7,
+    )
+    assert torch.equal(flat(done.model), flat(expected))
+    logged = sf.open_run(done.run_dir).log()
+    np.testing.assert_allclose(logged["loss"], losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [64, 50, 17])
+def test_regression_too(fit, batch):
+    x = torch.randn(128, 8, generator=torch.Generator().manual_seed(1))
+    y = x[:, :1] * 2 - 1
+    make = lambda: nn.Linear(8, 1)  # noqa: E731
+    expected, _ = plain_loop(torch.optim.SGD, {"lr": 0.1}, x, y, batch=batch, loss=F.mse_loss, model=make)
+    done = fit(
+        model=make,
+        data=sf.Arrays(x, y),
+        objective=sf.supervised(F.mse_loss),
+        optimizer=sf.SGD(lr=0.1),
+        schedule=sf.cosine(),
+        batch=sf.Batch(batch, shuffle=False),
+        gradient=(sf.clip_norm(0.5),),
+        until=UPDATES,
+        seed=7,
+    )
+    assert torch.equal(flat(done.model), flat(expected))
+
+
+def test_any_torch_optimizer_by_callable(fit):
+    x, y = blobs(230)
+    options = {"lr": 0.01, "weight_decay": 0.1}
+    expected, _ = plain_loop(torch.optim.RAdam, options, torch.from_numpy(x), torch.from_numpy(y))
+    done = fit(
+        data=sf.Arrays(x, y),
+        optimizer=lambda groups: torch.optim.RAdam(groups, **options),
+        schedule=sf.cosine(),
+        batch=sf.Batch(50, shuffle=False),
+        gradient=(sf.clip_norm(0.5),),
+        until=UPDATES,
+        seed=7,
+    )
+    assert torch.equal(flat(done.model), flat(expected))
+
+
+def test_clip_value_is_torchs(fit):
+    x, y = blobs(64)
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(20):
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.from_numpy(x)), torch.from_numpy(y)).backward()
+        torch.nn.utils.clip_grad_value_(model.parameters(), 0.01)
+        optimizer.step()
+    done = fit(
+        data=sf.Arrays(x, y),
+        optimizer=sf.SGD(lr=0.5),
+        batch=sf.Batch("full", shuffle=False),
+        gradient=(sf.clip_value(0.01),),
+        until=20,
+    )
+    assert torch.equal(flat(done.model), flat(model))
+
+
+def test_class_weights_and_ignored_targets_average_as_torch_does(fit):
+    x, y = blobs(60)
+    y[::7] = -1
+    weight = torch.tensor([0.2, 1.0, 3.0])
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(torch.from_numpy(x)), torch.from_numpy(y), weight, ignore_index=-1)
+        loss.backward()
+        optimizer.step()
+    done = fit(
+        data=sf.Arrays(x, y),
+        objective=sf.supervised(F.cross_entropy, weight=weight, ignore_index=-1),
+        optimizer=sf.SGD(lr=0.5),
+        batch=sf.Batch("full", shuffle=False, micro=7),
+        until=10,
+    )
+    torch.testing.assert_close(flat(done.model), flat(model), rtol=1e-5, atol=1e-6)
+
+
+def test_steps_is_the_same_loop(fit, tmp_path):
+    done = fit()
+    outcomes = []
+    for outcome in sf.steps(recipe(), out=tmp_path / "by hand"):
+        outcomes.append((outcome.step, float(outcome.loss), bool(outcome.permitted)))
+    log = sf.open_run(done.run_dir).log()
+    assert outcomes == list(zip(log["step"], log["loss"], log["permitted"], strict=True))
+    assert sf.open_run(tmp_path / "by hand").summary()["digest"] == done.digest

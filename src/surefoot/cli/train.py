@@ -51,7 +51,8 @@ def run_order(order: Order, out: Console, err: Console) -> int:
     command = " ".join(["surefoot", *sys.argv[1:]])
     if built.run is None:
         done = result(built)
-        out.print(f"{folder.path} has ended already: {done.status} after {done.step:,} updates")
+        ended = f"{folder.path} has ended already: {done.status} after {done.step:,} updates"
+        out.print(ended, soft_wrap=True)
         _verdict(done, None, out, command)
         return done.exit_code
     err.print(tables.groups(built.groups))

@@ -74,35 +74,43 @@ class Updater:
 class Buffers:
     """Buffers that the forward pass changes (batch-norm statistics), so that it can be undone.
 
-    Which they are is learned from torch's version counters: everything is copied before the first
-    forward pass, afterwards only what has changed so far. Constant tables cost nothing.
+    Which they are is learned: what the first forward pass changes is copied before each one from then
+    on; what changes later is noticed by torch's version counter, and its first copy is still good until
+    then. So constant tables cost memory once and no time.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._live = list(model.buffers())
-        self._changing: list[Tensor] | None = None
+        self._live = [b for b in model.buffers() if b.numel()]
         self._kept: list[Tensor] = []
         self._versions: list[int] = []
+        self._changing: list[int] = []
+        self._learned = False
 
     def remember(self) -> None:
         """Before the first forward pass of a step."""
         if not self._live:
             return
-        if self._changing is None:
+        if not self._kept:
             self._kept = [b.detach().clone() for b in self._live]
             self._versions = [b._version for b in self._live]
         elif self._changing:
-            torch._foreach_copy_(self._kept, self._changing)
+            torch._foreach_copy_(
+                [self._kept[i] for i in self._changing], [self._live[i] for i in self._changing]
+            )
 
     def settle(self, permitted: Tensor, *, on_host: bool) -> None:
         """After the last one: keep the changes if `permitted` (bool, 0-d), else undo them."""
         if not self._live:
             return
-        if self._changing is None:
-            changed = [b._version != v for b, v in zip(self._live, self._versions, strict=True)]
-            self._changing = [b for b, c in zip(self._live, changed, strict=True) if c]
-            self._kept = [k for k, c in zip(self._kept, changed, strict=True) if c]
-        if not self._changing or (on_host and permitted.item()):
+        if not self._learned:  # by value: batch norm does not count versions
+            self._learned = True
+            pairs = enumerate(zip(self._live, self._kept, strict=True))
+            self._changing = [i for i, (live, kept) in pairs if not torch.equal(live, kept)]
+        for i, (buffer, version) in enumerate(zip(self._live, self._versions, strict=True)):
+            if buffer._version != version and i not in self._changing:
+                self._changing.append(i)
+        if on_host and permitted.item():
             return
-        for live, kept in zip(self._changing, self._kept, strict=True):
+        for i in self._changing:
+            live, kept = self._live[i], self._kept[i]
             live.copy_(kept if on_host else torch.where(permitted, live, kept))

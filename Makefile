@@ -1,0 +1,39 @@
+# Everything a newcomer needs: make demo, make test.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.ready
+
+.PHONY: demo test setup lint soak bench clean
+
+setup: $(STAMP)
+
+# torch first and pinned: a looser requirement would take a CUDA build of several gigabytes.
+$(STAMP): constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $(STAMP)
+
+demo: setup
+	@if [ -e runs/demo ]; then $(BIN)/surefoot train examples/digits.py --out runs/demo --fresh; \
+	else $(BIN)/surefoot train examples/digits.py --out runs/demo; fi
+	@$(BIN)/surefoot report runs/demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m 'not soak' -n 2
+
+soak: setup
+	$(BIN)/python -m pytest -m soak -n 2
+
+bench: setup
+	$(BIN)/python benchmarks/loop.py --out benchmarks/results/loop.json
+	$(BIN)/python benchmarks/log.py --out benchmarks/results/log.json
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build

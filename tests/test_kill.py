@@ -1,0 +1,203 @@
+"""A run that is killed, however often, ends with the bits of one that is not."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, recipe, surefoot, surefoot_process
+
+import surefoot as sf
+from surefoot.record.log import read_newest
+
+EVERYTHING = ROOT / "tests/recipes/everything.py"
+EPOCHS = 5
+
+
+def shown(path: Path) -> dict:
+    done = surefoot("show", path, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def newest_step(path: Path) -> int:
+    try:
+        steps = read_newest(path / "steps", 1)["step"]
+    except OSError:
+        return 0
+    return int(steps[-1]) + 1 if len(steps) else 0
+
+
+def train(path: Path, *settings: str, workers: int = 2, every: str = "3"):
+    return surefoot_process(
+        "train", EVERYTHING, f"epochs={EPOCHS}", *settings, "--out", path,
+        "--set", f"data.workers={workers}", "--set", f"checkpoint.every={every}",
+    )  # fmt: skip
+
+
+def kill_until_done(path: Path, rng: random.Random, *settings: str) -> int:
+    """Starts the same command again and again, and kills it; how often."""
+    kills, deadline = 0, time.monotonic() + 280
+    while True:
+        process = train(path, "pause_s=0.004", *settings)
+        begun, first = time.monotonic(), newest_step(path)
+        if rng.random() < 0.15:  # anywhere, importing and restoring included
+            time.sleep(rng.uniform(0.0, 3.5))
+        else:
+            goal = first + rng.randint(1, 7)
+            while newest_step(path) < goal and process.poll() is None:
+                time.sleep(0.002)
+                assert time.monotonic() < begun + 60
+            time.sleep(rng.uniform(0.0, 0.03))
+        process.send_signal(signal.SIGKILL)
+        out, err = process.communicate()
+        if process.returncode == 0:
+            return kills
+        assert process.returncode == -signal.SIGKILL, err + out
+        kills += 1
+        assert time.monotonic() < deadline
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Digest and ledger of runs that nothing disturbed, read without workers."""
+    known: dict[tuple[str, ...], dict] = {}
+
+    def get(*settings: str) -> dict:
+        if settings not in known:
+            path = tmp_path_factory.mktemp("whole") / "run"
+            process = train(path, "pause_s=0.001", *settings, workers=0, every="1000")
+            _, err = process.communicate()
+            assert process.returncode == 0, err
+            known[settings] = shown(path)
+        return known[settings]
+
+    return get
+
+
+def assert_equal_runs(path: Path, whole: dict) -> None:
+    told = shown(path)
+    for name in ("status", "step", "samples", "epoch", "metrics", "digest", "ledger"):
+        assert told[name] == whole[name], name
+    log = sf.open_run(path).log()
+    assert log["step"].tolist() == list(range(whole["step"]))
+    checked = surefoot("verify", path)
+    assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("seed", "settings"),
+    [(0, ()), (1, ("optimizer=adamw",)), (2, ("tail=straddle",)), (3, ("precision=fp16",))],
+)
+def test_killed_at_random_instants(tmp_path, uninterrupted, seed, settings):
+    kills = kill_until_done(tmp_path / "run", random.Random(seed), *settings)
+    assert kills >= 8
+    assert_equal_runs(tmp_path / "run", uninterrupted(*settings))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_two_hundred_times(tmp_path, uninterrupted, seed):
+    settings = [(), ("optimizer=adamw",), ("tail=pad",), ("precision=bf16",)][seed % 4]
+    kills = kill_until_done(tmp_path / "run", random.Random(100 + seed), *settings)
+    assert kills >= 10
+    assert_equal_runs(tmp_path / "run", uninterrupted(*settings))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_to_stop_keeps_the_state_and_exits_75(tmp_path, uninterrupted, number):
+    path = tmp_path / "run"
+    process = train(path, "pause_s=0.001", every="1h")
+    while newest_step(path) < 20:
+        time.sleep(0.002)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "run the same command to continue" in out
+    stopped = shown(path)
+    assert stopped["status"] == "preempted"
+    assert stopped["checkpoint_step"] == stopped["step"] == newest_step(path) >= 20
+    process = train(path, "pause_s=0.001")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert f"continues at step {stopped['step']}" in err
+    assert_equal_runs(path, uninterrupted())
+
+
+def test_leaving_the_loop_keeps_the_state(tmp_path, fit):
+    for outcome in sf.steps(recipe(), out=tmp_path / "left"):
+        if outcome.step == 5:
+            break
+    view = sf.open_run(tmp_path / "left")
+    assert (view.status, view.checkpoints()[-1].step) == ("preempted", 6)
+    continued = sf.fit(recipe(), out=tmp_path / "left")
+    assert (continued.digest, continued.ledger) == (fit().digest, fit().ledger)
+
+
+def test_an_error_in_the_loop_leaves_the_last_checkpoint(tmp_path, fit):
+    def body():
+        for outcome in sf.steps(
+            recipe(),
+            out=tmp_path / "broken",
+            operations=sf.Operations(checkpoint={"every": 4}),
+        ):
+            if outcome.step == 6:
+                raise KeyError("mine")
+
+    with pytest.raises(KeyError):
+        body()
+    assert sf.open_run(tmp_path / "broken").checkpoints()[-1].step in (4, 7)
+    continued = sf.fit(recipe(), out=tmp_path / "broken")
+    assert continued.digest == fit().digest
+
+
+def test_a_finished_run_says_so_and_a_changed_recipe_is_refused(tmp_path):
+    path = tmp_path / "run"
+    assert train(path, workers=0).wait(60) == 0
+    before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    again = train(path, workers=0)
+    out, _ = again.communicate()
+    assert again.returncode == 0
+    assert "has ended already: finished after 60 updates" in out
+    changed = train(path, "lr=0.06", workers=0)
+    _, err = changed.communicate()
+    assert changed.returncode == 2
+    assert "lr: 0.05 -> 0.06" in err
+    assert "--out" in err
+    assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != "LOCK"} == {
+        p: b for p, b in before.items() if p.name != "LOCK"
+    }
+
+
+def test_fresh_moves_the_old_run_aside(tmp_path):
+    path = tmp_path / "run"
+    assert train(path, workers=0).wait(60) == 0
+    digest = shown(path)["digest"]
+    process = surefoot("train", EVERYTHING, "epochs=1", "--out", path, "--fresh")
+    assert process.returncode == 0, process.stderr
+    assert shown(path)["step"] == 12
+    assert shown(tmp_path / "run.old-1")["digest"] == digest
+    refused = surefoot("train", EVERYTHING, "--fresh", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--fresh needs --out" in refused.stderr
+
+
+def test_two_processes_cannot_have_one_run(tmp_path):
+    path = tmp_path / "run"
+    first = train(path, "pause_s=0.01", workers=0)
+    while newest_step(path) < 2:
+        time.sleep(0.01)
+    second = train(path, "pause_s=0.01", workers=0)
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert f"in use by process {first.pid}" in err
+    assert shown(path)["status"] == "running"
+    first.kill()
+    first.communicate()
+    assert shown(path)["status"] == "failed"

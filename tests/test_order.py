@@ -1,0 +1,243 @@
+"""The order of samples: a bijection, well mixed, without state, and proved by the ledger."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import blobs, recipe
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import surefoot as sf
+from surefoot.data.order import ALGORITHM, Order, Permutation
+from surefoot.data.plan import Cadence, Plan
+from surefoot.errors import RecipeError
+from surefoot.keys import key, word, words
+from surefoot.record.ledger import Ledger
+from surefoot.types import HOLE, duration
+
+SIZES = st.one_of(st.integers(1, 300), st.integers(65_530, 70_000), st.integers(10**6, 10**6 + 50))
+LEVEL = 1e-6  # of each test below: keys are fixed, so it fails always or never
+
+
+def order(n, seed=0, epoch=0):
+    return Permutation(n, key(seed, "order", epoch))(np.arange(n))
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=SIZES, seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 10**6))
+def test_it_is_a_bijection_with_an_inverse(n, seed, epoch):
+    permutation = Permutation(n, key(seed, "order", epoch))
+    ids = permutation(np.arange(n))
+    assert np.array_equal(np.sort(ids), np.arange(n))
+    assert np.array_equal(permutation.inverse(ids), np.arange(n))
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=SIZES, data=st.data())
+def test_any_stretch_is_what_the_whole_says(n, data):
+    start = data.draw(st.integers(0, n - 1))
+    stop = data.draw(st.integers(start + 1, min(n, start + 3000)))
+    stretch = Order(n, seed=3, shuffle=True).take(5, start, stop)
+    assert np.array_equal(stretch, order(n, 3, 5)[start:stop])
+
+
+@pytest.mark.parametrize("n", [3, 4, 5, 6])
+def test_small_orders_are_uniform(n):
+    index = {p: i for i, p in enumerate(itertools.permutations(range(n)))}
+    counts = np.zeros(len(index))
+    for seed in range(60 * len(index)):
+        counts[index[tuple(order(n, seed))]] += 1
+    assert scipy.stats.chisquare(counts).pvalue > LEVEL
+
+
+@pytest.mark.parametrize("n", [1000, 70_000])
+def test_first_positions_are_uniform(n):
+    first = [Permutation(n, key(s, "order", 0))(np.arange(1))[0] for s in range(4000)]
+    counts, _ = np.histogram(first, bins=20, range=(0, n))
+    assert scipy.stats.chisquare(counts).pvalue > LEVEL
+
+
+@pytest.mark.parametrize(("n", "keys"), [(1024, 400), (70_000, 40)])
+def test_neighbours_stay_neighbours_as_often_as_chance_has_it(n, keys):
+    """The test that a Feistel network of four rounds fails (mean 2.96 for 2.00)."""
+    adjacent = sum(int((np.abs(np.diff(order(n, s))) == 1).sum()) for s in range(keys))
+    expected = 2 * (n - 1) / n * keys
+    assert abs(adjacent - expected) < 5 * np.sqrt(expected)
+
+
+@pytest.mark.parametrize(("n", "keys"), [(1024, 400), (70_000, 40)])
+def test_fixed_points_are_poisson(n, keys):
+    fixed = sum(int((order(n, s) == np.arange(n)).sum()) for s in range(keys))
+    assert abs(fixed - keys) < 5 * np.sqrt(keys)
+
+
+@pytest.mark.parametrize("n", [4096, 70_000])
+@pytest.mark.parametrize("pair", ["position-value", "lag one", "epoch-epoch"])
+def test_pairs_fill_a_grid_evenly(n, pair):
+    grid, cells = np.zeros((32, 32)), 0
+    for seed in range(max(1, 400_000 // n)):
+        ids = order(n, seed)
+        a, b = {
+            "position-value": (np.arange(n), ids),
+            "lag one": (ids[:-1], ids[1:]),
+            "epoch-epoch": (ids, order(n, seed, 1)),
+        }[pair]
+        np.add.at(grid, (a * 32 // n, b * 32 // n), 1)
+        cells += len(a)
+    statistic = ((grid - cells / 1024) ** 2 / (cells / 1024)).sum()
+    p = scipy.stats.chi2.sf(statistic, 31 * 31)  # both margins are fixed
+    assert LEVEL < p < 1 - LEVEL
+
+
+@pytest.mark.parametrize("n", [2000, 100_000])
+def test_ranks_do_not_correlate(n):
+    orders = [order(n, seed, epoch) for seed in range(3) for epoch in range(3)]
+    bound = 5 / np.sqrt(n)
+    for one, other in itertools.combinations([np.arange(n), *orders], 2):
+        assert abs(scipy.stats.spearmanr(one, other).statistic) < bound
+
+
+def test_batches_of_sorted_labels_are_hypergeometric():
+    n, batch, classes = 20_000, 100, 10
+    labels = order(n) * classes // n
+    counts = np.array([np.bincount(b, minlength=classes) for b in labels.reshape(-1, batch)])
+    expected, shrink = batch / classes, (n - batch) / (n - 1)
+    statistic = ((counts - expected) ** 2 / expected).sum() / shrink
+    p = scipy.stats.chi2.sf(statistic, len(counts) * (classes - 1))
+    assert LEVEL < p < 1 - LEVEL
+
+
+def test_no_two_seeds_and_epochs_share_an_order():
+    seen = {tuple(order(50, seed, epoch)) for seed in range(40) for epoch in range(40)}
+    assert len(seen) == 1600
+    assert len({key(a, "order", b) for a in range(300) for b in range(300)}) == 90_000
+    assert key("1", 2) != key(1, 2) != key(12) != key("1", "2")
+
+
+def test_golden_vectors():
+    """The order is part of the format: runs must find it again in years."""
+    assert ALGORITHM == "argsort-feistel12-v1"
+    assert key(0, "order", 0) == GOLDEN["key"]
+    assert words(7, np.arange(3)).tolist() == [word(7, i) for i in range(3)] == GOLDEN["words"]
+    assert order(10).tolist() == GOLDEN["order 10"]
+    assert order(100_000)[:5].tolist() == GOLDEN["order 100000"]
+
+
+GOLDEN = {
+    "key": 7015467385253835249,
+    "words": [9672475392221035855, 5573481420429128725, 17358316652931856208],
+    "order 10": [6, 5, 7, 3, 8, 4, 1, 9, 2, 0],
+    "order 100000": [27360, 19309, 17481, 56427, 76671],
+}
+
+# ------------------------------------------------------------------------------------ the plan
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    n=st.integers(1, 60),
+    batch=st.integers(1, 80),
+    tail=st.sampled_from(["keep", "drop", "straddle", "pad"]),
+    shuffle=st.booleans(),
+)
+def test_every_epoch_has_every_sample_once(n, batch, tail, shuffle):
+    if tail == "drop" and batch > n:
+        with pytest.raises(RecipeError, match="leaves no batch"):
+            Plan(n, batch, tail)
+        return
+    plan = Plan(n, batch, tail, shuffle, seed=5)
+    epochs: dict[int, list[int]] = {}
+    consumed = 0
+    for step in range(int(4 * plan.updates_per_epoch) + 2):
+        slots = plan.at(step)
+        real = slots.ids[slots.ids != HOLE]
+        consumed += len(real)
+        assert len(real) == slots.num_samples >= 1
+        assert plan.samples(step + 1) == consumed
+        assert np.array_equal(plan.ids(step), slots.ids)
+        if tail in ("pad", "straddle", "drop"):
+            assert len(slots.ids) == batch
+        owners = slots.epochs if slots.epochs is not None else [slots.epoch] * len(slots.ids)
+        for i, epoch in zip(slots.ids.tolist(), owners, strict=True):
+            if i != HOLE:
+                epochs.setdefault(int(epoch), []).append(i)
+    for epoch in range(3):
+        ids = epochs[epoch]
+        assert len(set(ids)) == len(ids)
+        assert set(ids) <= set(range(n))
+        assert len(ids) == (n // batch * batch if tail == "drop" else n)
+        if not shuffle:
+            assert ids == list(range(len(ids)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    n=st.integers(1, 50),
+    batch=st.integers(1, 60),
+    tail=st.sampled_from(["keep", "straddle", "pad"]),
+    samples=st.integers(1, 400),
+    epochs=st.integers(1, 9),
+)
+def test_durations_end_with_the_update_that_completes_them(n, batch, tail, samples, epochs):
+    plan = Plan(n, batch, tail)
+    updates = plan.updates(duration(f"{samples}samples"), of=None, name="until")
+    assert plan.samples(updates) >= samples > plan.samples(updates - 1)
+    updates = plan.updates(duration(f"{epochs}ep"), of=None, name="until")
+    assert plan.epochs(updates) >= epochs > plan.epochs(updates - 1)
+
+
+@given(st.fractions(min_value="0.3", max_value=20), st.integers(0, 200))
+def test_a_cadence_is_due_when_a_multiple_is_completed(period, done):
+    due = [s for s in range(1, 300) if s // period > (s - 1) // period]
+    assert Cadence(period).after(done) == next(s for s in due if s > done)
+
+
+def test_the_ledger_proves_the_order(fit):
+    done = fit(until="3ep")
+    view = sf.open_run(done.run_dir)
+    ledger = Ledger()
+    for step in range(done.step):
+        ledger.extend(step, view.plan.ids(step))
+    assert ledger.value == done.ledger
+    assert fit(until="3ep", seed=1).ledger != done.ledger
+    other = Ledger()
+    for step in range(done.step):
+        other.extend(step, view.plan.ids(step)[::-1].copy())
+    assert other.value != done.ledger
+
+
+class Counting(sf.Arrays):
+    calls = 0
+
+    def fetch(self, ids):
+        type(self).calls += 1
+        return super().fetch(ids)
+
+
+def test_arrays_are_gathered_once_per_batch(fit):
+    done = fit(data=Counting(*blobs(100)), batch=sf.Batch(10, micro=2), until="3ep")
+    assert Counting.calls == done.step == 30
+
+
+def test_neither_workers_nor_prefetch_change_anything(tmp_path):
+    x, y = blobs(50)
+
+    class Rows:
+        def __len__(self):
+            return len(x)
+
+        def __getitem__(self, i):
+            return x[i] + np.random.normal(), int(y[i])
+
+    seen = set()
+    for workers, prefetch in [(0, 2), (1, 1), (2, 2), (3, 5)]:
+        for tail in ("keep",):
+            done = sf.fit(
+                recipe(data=sf.Dataset(Rows()), batch=sf.Batch(8, tail=tail)),
+                out=tmp_path / f"{workers}{tail}",
+                operations=sf.Operations(data={"workers": workers, "prefetch": prefetch}),
+            )
+            seen.add((done.digest, done.ledger))
+    assert len(seen) == 1

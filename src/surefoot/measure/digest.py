@@ -15,7 +15,7 @@ def digest(tensors: nn.Module | dict[str, Tensor]) -> str:
     equal bits.
     """
     if isinstance(tensors, nn.Module):
-        tensors = tensors.state_dict()
+        tensors = {n: t for n, t in tensors.state_dict().items() if isinstance(t, Tensor)}
     sha = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

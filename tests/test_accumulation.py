@@ -129,7 +129,9 @@ def test_a_batch_in_which_nothing_counts_changes_nothing_and_is_no_divergence(fi
 
 def test_the_rate_does_not_depend_on_accumulation(fit):
     rates = [
-        sf.open_run(fit(batch=sf.Batch(32, micro=m), schedule=sf.warmup(5) >> sf.cosine()).run_dir).log()["lr"]
+        sf.open_run(fit(batch=sf.Batch(32, micro=m), schedule=sf.warmup(5) >> sf.cosine()).run_dir).log()[
+            "lr"
+        ]
         for m in (None, 8, 5)
     ]
     assert np.array_equal(rates[0], rates[1])

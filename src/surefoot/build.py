@@ -164,7 +164,9 @@ def _assemble(
     schedule: Resolved,
 ) -> tuple[Parts, RunState, list[dict[str, Any]]]:
     """The parts of a step, the state of the run, and the table of parameter groups."""
-    optimizer = build_optimizer(recipe.optimizer, parameter_groups(model, recipe.groups))
+    decays = getattr(recipe.optimizer, "weight_decay", None) != 0
+    grouped = parameter_groups(model, recipe.groups, decays=decays)
+    optimizer = build_optimizer(recipe.optimizer, grouped)
     base_lr = [float(g["lr"]) * g["lr_scale"] for g in optimizer.param_groups]
     groups = [{**row, "lr": lr} for row, lr in zip(table(optimizer.param_groups), base_lr, strict=True)]
     params = [p for p in model.parameters() if p.requires_grad]
@@ -413,7 +415,8 @@ def _compiled(objective: Objective, operations: Operations) -> Objective:
 def _patience(rule: Plateau | EarlyStopping | None) -> Patience | None:
     if rule is None:
         return None
-    return Patience(patience=rule.patience, mode=rule.mode, min_delta=rule.min_delta)
+    borne = rule.patience - 1 if isinstance(rule, EarlyStopping) else rule.patience
+    return Patience(patience=borne, mode=rule.mode, min_delta=rule.min_delta)
 
 
 def _evaluation(recipe: Recipe, operations: Operations, parts: Parts, plan: Plan) -> Evaluation | None:

@@ -61,8 +61,8 @@ class Objective(Protocol):
 class Weighing(Protocol):
     """An objective that knows the weights without running the model."""
 
-    def weigh(self, data: Tree) -> Tensor:
-        """Weights f32[n], the same that the call returns."""
+    def weigh(self, data: Tree) -> Tensor | None:
+        """Weights f32[n], the same that the call returns; None if it returns none."""
         ...
 
 

@@ -36,7 +36,7 @@ class Parts:
 
     model: nn.Module
     objective: Objective
-    weigh: Callable[[Tree], Tensor] | None
+    weigh: Callable[[Tree], Tensor | None] | None
     params: Sequence[nn.Parameter]
     buffers: Buffers
     transforms: Sequence[GradientTransform]
@@ -188,7 +188,9 @@ def _known_weight(parts: Parts, batch: Minibatch) -> Tensor | float | None:
     if parts.weigh is None:
         return None
     weights = parts.weigh(batch.data)
-    return _batch_weight(parts, batch, weights if batch.weights is None else weights * batch.weights)
+    if weights is not None and batch.weights is not None:
+        weights = weights * batch.weights
+    return _batch_weight(parts, batch, weights)
 
 
 def _batch_weight(parts: Parts, batch: Minibatch, weights: Tensor | None) -> Tensor | float:

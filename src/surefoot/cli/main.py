@@ -28,7 +28,17 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Trains PyTorch models by mini-batch gradient descent, and shows how it went.",
 )
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+_PIPE_WIDTH = 160  # columns where there is no terminal to ask
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _PIPE_WIDTH
+    return console
+
+
+out, err = _console(stderr=False), _console(stderr=True)
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]

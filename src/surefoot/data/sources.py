@@ -71,7 +71,8 @@ class Arrays:
         digest = hashlib.blake2b(digest_size=16)
         for tensor in tensors:
             some = tensor if whole else tensor.index_select(0, rows)
-            digest.update(some.contiguous().view(torch.uint8).numpy().data if some.numel() else b"")
+            if some.numel():
+                digest.update(some.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return {
             "kind": "Arrays",
             "length": self._length,

@@ -52,7 +52,7 @@ class Watch:
     @staticmethod
     def permit(loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Whether the update may be applied: bool, 0-d, on the device of `loss` (0-d)."""
-        return torch.isfinite(loss) & torch.isfinite(grad_norm)
+        return torch.isfinite(loss + grad_norm)  # one test for both: it is half the time
 
     def review(self, *, step: int, permitted: bool) -> Stop | None:
         """Looks at the row of a step once its numbers have reached the host."""

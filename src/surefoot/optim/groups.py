@@ -38,11 +38,14 @@ class Group:
             raise RecipeError(f"group {self.match!r}: lr and weight_decay must not be negative.")
 
 
-def parameter_groups(model: nn.Module, rules: Sequence[Group]) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, rules: Sequence[Group], *, decays: bool = True
+) -> list[dict[str, Any]]:
     """Groups for a torch optimizer: ``name``, ``params``, ``lr_scale``, maybe ``weight_decay``.
 
     Each trainable parameter is in exactly one group, in the model's order within it. By default
-    biases, parameters of norms and everything of one dimension do not decay. Freezes as told.
+    biases, parameters of norms and everything of one dimension do not decay; if nothing does
+    (`decays` is false), they need no group of their own. Freezes as told.
 
     Raises:
         RecipeError: a glob matches nothing, two match one parameter, or nothing is left to train.
@@ -70,7 +73,7 @@ def parameter_groups(model: nn.Module, rules: Sequence[Group]) -> list[dict[str,
         if not parameter.requires_grad:
             continue
         plain = name in norms or name.endswith("bias") or parameter.ndim <= 1
-        exempt = plain and rule.weight_decay is None
+        exempt = decays and plain and rule.weight_decay is None
         label = rule.match if rule in rules else "weights"
         group = groups.setdefault(
             (label, exempt),

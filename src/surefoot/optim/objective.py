@@ -49,11 +49,11 @@ class Supervised:
     def __call__(self, model: nn.Module, data: Tree) -> Tensor | tuple[Tensor, Tensor]:
         """Losses f32[n]."""
         inputs, targets = _pair(data)
-        return self._elements(model, inputs, targets).flatten(1).mean(1)
+        losses = self._elements(model, inputs, targets)
+        return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
 
     def _elements(self, model: nn.Module, inputs: Tree, targets: Tensor) -> Tensor:
-        losses = self.function(model(inputs), targets, reduction="none", **self.options)
-        return losses[:, None] if losses.ndim == 1 else losses
+        return self.function(model(inputs), targets, reduction="none", **self.options)
 
 
 class ClassWeighted(Supervised):
@@ -63,15 +63,16 @@ class ClassWeighted(Supervised):
         """Losses f32[n], with weights f32[n] where not all are 1."""
         inputs, targets = _pair(data)
         if not self._uneven(targets):
-            return self._elements(model, inputs, targets)[:, 0]
+            return self._elements(model, inputs, targets)
         weights = self._weigh(targets)
-        sums = self._elements(model, inputs, targets).flatten(1).sum(1)
+        losses = self._elements(model, inputs, targets)
+        sums = losses if losses.ndim == 1 else losses.flatten(1).sum(1)
         return sums / torch.where(weights > 0, weights, 1), weights
 
-    def weigh(self, data: Tree) -> Tensor:
-        """Weights f32[n]: the class weights of the targets that are not ignored, summed."""
+    def weigh(self, data: Tree) -> Tensor | None:
+        """Weights f32[n]: the class weights of the targets that are not ignored, summed. None: all 1."""
         _, targets = _pair(data)
-        return self._weigh(targets) if self._uneven(targets) else torch.ones(len(targets))
+        return self._weigh(targets) if self._uneven(targets) else None
 
     def _uneven(self, targets: Tensor) -> bool:
         if targets.is_floating_point():  # class probabilities: torch takes a plain mean

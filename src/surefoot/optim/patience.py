@@ -9,13 +9,13 @@ from typing import Any, Literal
 from surefoot.errors import RecipeError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class EarlyStopping:
     """Ends the run, with status ``stopped_early``, when a validation metric stops improving.
 
     Args:
         metric: name of a validation metric; ``"loss"`` is always there.
-        patience: validations without improvement that are borne; the next one ends the run.
+        patience: that many validations in a row without improvement end the run.
         mode: whether smaller (``"min"``) or larger (``"max"``) is better.
         min_delta: by how much a value must be better to count.
     """
@@ -26,9 +26,9 @@ class EarlyStopping:
     min_delta: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.patience < 0 or self.min_delta < 0 or self.mode not in ("min", "max"):
+        if self.patience < 1 or self.min_delta < 0 or self.mode not in ("min", "max"):
             raise RecipeError(
-                "early_stopping needs patience >= 0, min_delta >= 0 and mode 'min' or 'max'; got "
+                "early_stopping needs patience >= 1, min_delta >= 0 and mode 'min' or 'max'; got "
                 f"{self.patience}, {self.min_delta}, {self.mode!r}."
             )
 

@@ -342,7 +342,8 @@ class Plateau(Piece):
 
     Args:
         metric: name of a validation metric; ``"loss"`` is always there.
-        factor: of each reduction. patience: validations without improvement that are borne.
+        factor: of each reduction. patience: validations in a row without improvement that are borne
+            before it (as in torch's ReduceLROnPlateau).
         mode: whether smaller (``"min"``) or larger (``"max"``) is better.
         min_delta: what counts as improvement. least: the product of all reductions stays above it.
     """

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from surefoot.optim.gradients import global_norm
-
 
 class Updater:
     """Applies updates of an optimizer.
@@ -66,9 +64,10 @@ class Updater:
         self.optimizer.step()
         if not measured:
             return self._unmeasured
-        size = global_norm(self._before)
-        torch._foreach_sub_(self._before, self.params)
-        return global_norm(self._before) / size
+        changes = torch._foreach_sub(self._before, self.params)
+        norms = torch.stack(torch._foreach_norm([*changes, *self._before])).view(2, -1)
+        change, size = torch.linalg.vector_norm(norms, dim=1).unbind()
+        return change / size
 
 
 class Buffers:

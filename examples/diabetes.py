@@ -20,7 +20,8 @@ import surefoot as sf
 
 def whitened() -> tuple[np.ndarray, np.ndarray]:
     """Ten features made uncorrelated, so that one rate suits all directions; the target in units of
-    its standard deviation."""
+    its standard deviation.
+    """
     x, y = load_diabetes(return_X_y=True)
     left, _, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
     return left * np.sqrt(len(x)), ((y - y.mean()) / y.std())[:, None]

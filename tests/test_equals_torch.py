@@ -39,7 +39,7 @@ CASES = {
         sf.NAdamW(lr=0.01),
         torch.optim.NAdam,
         {"lr": 0.01, "weight_decay": 0.01, "decoupled_weight_decay": True},
-    ),  # fmt: skip
+    ),
     "rmsprop": (sf.RMSprop(lr=0.01, momentum=0.5), torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5}),
     "adagrad": (sf.Adagrad(lr=0.1), torch.optim.Adagrad, {"lr": 0.1}),
     "adadelta": (sf.Adadelta(lr=1.0), torch.optim.Adadelta, {"lr": 1.0}),

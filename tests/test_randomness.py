@@ -103,7 +103,7 @@ def masks(out, *, upto=None, **changes):
 
 def test_dropout_depends_on_seed_step_and_micro_batch_only(tmp_path):
     whole = masks(tmp_path / "a", batch=sf.Batch(32, micro=8))
-    flat = torch.stack([m for m in whole.values()])
+    flat = torch.stack(list(whole.values()))
     assert len(torch.unique(flat.flatten(1), dim=0)) == len(whole)
     by_micro = flat[0].reshape(4, -1)
     assert len(torch.unique(by_micro, dim=0)) == 4

@@ -36,7 +36,7 @@ def _strict(value: Any) -> Any:
 
 def run(summary: Mapping[str, Any], identity: Mapping[str, Any]) -> RenderableType:
     """A run, as ``surefoot show`` prints it."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column()
     table.add_column(overflow="fold")
     status = Text(summary["status"], style=_COLORS.get(summary["status"], "red"))

@@ -67,7 +67,8 @@ class Updater:
         changes = torch._foreach_sub(self._before, self.params)
         norms = torch.stack(torch._foreach_norm([*changes, *self._before])).view(2, -1)
         change, size = torch.linalg.vector_norm(norms, dim=1).unbind()
-        return change / size
+        ratio: Tensor = change / size
+        return ratio
 
 
 class Buffers:

@@ -44,7 +44,7 @@ def render(subjects: Sequence[Subject]) -> str:
     ]
     plots = "".join(
         f'<figure id="plot-{i}">'
-        + figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
+        + figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
         + "</figure>"
         for i, figure in enumerate(figures)
         if figure.data
@@ -94,7 +94,7 @@ def _figure(title: str, y_title: str, *, log_y: bool = False) -> go.Figure:
         margin={"l": 60, "r": 16, "t": 40, "b": 40},
         xaxis={"title": {"text": "step"}},
         yaxis={"title": {"text": y_title}, "type": "log" if log_y else "linear"},
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.14},
+        legend={"x": 1, "xanchor": "right", "y": 1, "bgcolor": "rgba(255,255,255,0.75)"},
     )
     return figure
 
@@ -171,7 +171,7 @@ def _summary(subjects: Sequence[Subject]) -> str:
 
 def _details(s: Subject) -> str:
     shown = [e for e in s.events if e["kind"] not in ("validated", "checkpointed")]
-    told = ("time", "kind", "attempt", "step")
+    told = ("time", "kind", "attempt", "step", "environment")
     rows = [
         [
             str(np.datetime64(int(e["time"]), "s")).replace("T", " "),
@@ -239,5 +239,6 @@ _PAGE = """<!doctype html>
 {summary}
 <div class="plots">{plots}</div>
 {details}
+<script>addEventListener("load", () => dispatchEvent(new Event("resize")))</script>
 </body></html>
 """

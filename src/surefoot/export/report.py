@@ -94,7 +94,7 @@ def _figure(title: str, y_title: str, *, log_y: bool = False) -> go.Figure:
         margin={"l": 60, "r": 16, "t": 40, "b": 40},
         xaxis={"title": {"text": "step"}},
         yaxis={"title": {"text": y_title}, "type": "log" if log_y else "linear"},
-        legend={"x": 1, "xanchor": "right", "y": 1, "bgcolor": "rgba(255,255,255,0.75)"},
+        legend={"x": 1, "xanchor": "right", "y": 0.5, "yanchor": "middle", "bgcolor": "rgba(255,255,255,0.75)"},
     )
     return figure
 

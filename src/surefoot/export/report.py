@@ -17,6 +17,8 @@ from surefoot.record.columns import Columns
 from surefoot.record.events import Event
 
 _BUCKETS = 1500
+_CONFIG = {"displaylogo": False, "responsive": True}
+_LEGEND = {"x": 1, "xanchor": "right", "y": 0.5, "yanchor": "middle", "bgcolor": "rgba(255,255,255,0.75)"}
 _PALETTE = ("#3366cc", "#dc6018", "#109618", "#990099", "#0099c6", "#dd4477", "#808000", "#555555")
 
 
@@ -44,7 +46,7 @@ def render(subjects: Sequence[Subject]) -> str:
     ]
     plots = "".join(
         f'<figure id="plot-{i}">'
-        + figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+        + figure.to_html(full_html=False, include_plotlyjs=False, config=_CONFIG)
         + "</figure>"
         for i, figure in enumerate(figures)
         if figure.data
@@ -94,7 +96,7 @@ def _figure(title: str, y_title: str, *, log_y: bool = False) -> go.Figure:
         margin={"l": 60, "r": 16, "t": 40, "b": 40},
         xaxis={"title": {"text": "step"}},
         yaxis={"title": {"text": y_title}, "type": "log" if log_y else "linear"},
-        legend={"x": 1, "xanchor": "right", "y": 0.5, "yanchor": "middle", "bgcolor": "rgba(255,255,255,0.75)"},
+        legend=_LEGEND,
     )
     return figure
 

@@ -5,9 +5,10 @@ r"""The step log: one fixed row per update, at about a microsecond, surviving ``
     steps/rows.bin    header, then blocks of up to 256 rows, column by column, each with a CRC
     steps/tail.bin    memory-mapped ring of the last 4,096 rows, each with a CRC
 
-A row is copied into the ring and then counted; both are memory writes, which the kernel keeps when
-the process dies. Every 256 rows the ring's newest are sealed into a block. A reader joins the blocks
-with the rows of the ring that are not sealed yet, at any time, also while the run goes on.
+A row is copied into the ring with a CRC over it and its index: a memory write, which the kernel keeps
+when the process dies. Every 256 rows the ring's newest are sealed into a block. A reader joins the
+blocks with the rows of the ring that are not sealed yet, as far as their CRCs hold, at any time, also
+while the run goes on.
 
 ``rows.bin``: ``SFROWS1\n``, uint32 length of the header, the header (JSON: columns and their types),
 uint32 CRC of it. A block: ``SFBK``, uint32 rows, uint64 index of the first row, uint32 CRC of rows, index
@@ -20,11 +21,11 @@ import json
 import mmap
 import os
 import struct
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,8 @@ _MAGIC = b"SFROWS1\n"
 _TAIL_MAGIC = b"SFTAIL1\n"
 _BLOCK = struct.Struct("<4sIQI")
 _BLOCK_MAGIC = b"SFBK"
-_COUNT_AT, _TAIL_HEADER = 16, 64
+_pack_check = struct.Struct("<Q").pack
+_SEALED_AT, _TAIL_HEADER = 16, 64
 SEAL_ROWS = 256
 RING_ROWS = 4096
 
@@ -57,17 +59,15 @@ class StepLog:
         self._blocks, sealed = self._open_blocks(folder / "rows.bin", columns)
         self._sealed = sealed
         self._tail = self._open_tail(folder / "tail.bin", sealed)
-        (self._count,) = struct.unpack_from("<Q", self._tail, _COUNT_AT)
+        self._count = sealed + len(_valid_tail(bytes(self._tail), sealed))
 
     def append(self, values: Sequence[int | float]) -> None:
         """Adds a row: one value per column. Survives the death of the process from here on."""
         row = self._pack(*values)
         index = self._count
-        at = _TAIL_HEADER + (index % RING_ROWS) * self._slot
-        check = zlib.crc32(row, index & 0xFFFFFFFF)
-        self._tail[at : at + self._slot] = row + check.to_bytes(8, "little")
+        at = _TAIL_HEADER + index % RING_ROWS * self._slot
+        self._tail[at : at + self._slot] = row + _pack_check(crc32(row, index))
         self._count = index = index + 1
-        self._tail[_COUNT_AT : _COUNT_AT + 8] = index.to_bytes(8, "little")
         if index - self._sealed >= SEAL_ROWS:
             self._seal_or_wait()
 
@@ -86,12 +86,15 @@ class StepLog:
         """Writes the rows that only the ring holds as a block."""
         if self._count == self._sealed:
             return
-        indices = np.arange(self._sealed, self._count) % RING_ROWS
-        ring = np.frombuffer(self._tail, np.uint8, RING_ROWS * self._slot, _TAIL_HEADER)
-        rows = ring.reshape(RING_ROWS, self._slot)[indices, : self._width]
-        payload = np.ascontiguousarray(rows.view(np.uint64).T).tobytes()
-        self._append_block(len(indices), payload)
+        ring = np.frombuffer(self._tail, np.uint64, RING_ROWS * self._slot // 8, _TAIL_HEADER)
+        ring = ring.reshape(RING_ROWS, self._slot // 8)[:, :-1]
+        first, num_rows = self._sealed % RING_ROWS, self._count - self._sealed
+        rows = ring[first : first + num_rows]
+        if len(rows) < num_rows:  # around the end of the ring
+            rows = np.concatenate([rows, ring[: num_rows - len(rows)]])
+        self._append_block(num_rows, rows.T.tobytes())
         self._sealed = self._count
+        struct.pack_into("<Q", self._tail, _SEALED_AT, self._sealed)
 
     def _append_block(self, num_rows: int, payload: bytes) -> None:
         check = _block_crc(num_rows, self._sealed, payload)
@@ -120,7 +123,7 @@ class StepLog:
     def _open_blocks(self, path: Path, columns: Sequence[Column]) -> tuple[int, int]:
         header = json.dumps({"columns": [[c.name, c.kind] for c in columns]}).encode()
         head = _MAGIC + struct.pack("<I", len(header)) + header
-        head += struct.pack("<I", zlib.crc32(head))
+        head += struct.pack("<I", crc32(head))
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if os.fstat(fd).st_size < len(head):  # new, or killed while it was made
             os.ftruncate(fd, 0)
@@ -144,12 +147,8 @@ class StepLog:
             tail = mmap.mmap(fd, size)
         finally:
             os.close(fd)
-        (count,) = struct.unpack_from("<Q", tail, _COUNT_AT)
-        if tail[:8] != _TAIL_MAGIC or count < sealed:  # new, or lost in a power cut
-            tail[:8] = _TAIL_MAGIC
-            struct.pack_into("<QQ", tail, 8, self._slot, sealed)
-        elif count > sealed + len(_valid_tail(bytes(tail), sealed)):
-            struct.pack_into("<Q", tail, _COUNT_AT, sealed + len(_valid_tail(bytes(tail), sealed)))
+        tail[:8] = _TAIL_MAGIC
+        struct.pack_into("<QQ", tail, 8, self._slot, sealed)
         return tail
 
 
@@ -179,7 +178,7 @@ def scan_blocks(path: Path) -> Scan:
         (length,) = struct.unpack_from("<I", data, len(_MAGIC))
         at = len(_MAGIC) + 4 + length
         (check,) = struct.unpack_from("<I", data, at)
-        if data[: len(_MAGIC)] != _MAGIC or zlib.crc32(data[:at]) != check:
+        if data[: len(_MAGIC)] != _MAGIC or crc32(data[:at]) != check:
             raise ValueError("header damaged")
         header: dict[str, Any] = json.loads(data[len(_MAGIC) + 4 : at])
     except (OSError, ValueError, struct.error) as error:
@@ -220,7 +219,7 @@ def _block_at(data: bytes, at: int, width: int) -> tuple[int, NDArray[np.uint64]
 
 
 def _block_crc(num_rows: int, index: int, payload: bytes) -> int:
-    return zlib.crc32(payload, zlib.crc32(struct.pack("<IQ", num_rows, index)))
+    return crc32(payload, crc32(struct.pack("<IQ", num_rows, index)))
 
 
 def _merge(damage: list[tuple[int, str]]) -> list[tuple[int, str]]:
@@ -232,15 +231,15 @@ def _valid_tail(tail: bytes, start: int) -> NDArray[np.uint64]:
     """Sound rows of the ring from index `start` on: rows x columns."""
     if tail[:8] != _TAIL_MAGIC or len(tail) < _TAIL_HEADER:
         return np.empty((0, 0), np.uint64)
-    slot, count = struct.unpack_from("<QQ", tail, 8)
+    (slot,) = struct.unpack_from("<Q", tail, 8)
     if slot < 16 or len(tail) != _TAIL_HEADER + RING_ROWS * slot:
         return np.empty((0, 0), np.uint64)
     rows = []
-    for index in range(max(start, count - RING_ROWS), count):
+    for index in range(start, start + RING_ROWS):
         at = _TAIL_HEADER + (index % RING_ROWS) * slot
         row = tail[at : at + slot - 8]
         check = int.from_bytes(tail[at + slot - 8 : at + slot], "little")
-        if index < start or zlib.crc32(row, index & 0xFFFFFFFF) != check:
+        if crc32(row, index & 0xFFFFFFFF) != check:
             break
         rows.append(np.frombuffer(row, np.uint64))
     return np.array(rows, np.uint64).reshape(len(rows), (slot - 8) // 8)
@@ -278,10 +277,10 @@ def read_log(folder: Path) -> LogFile:
 
 
 def read_newest(folder: Path, most: int) -> Columns:
-    """The newest rows, up to `most` and `RING_ROWS` of them: cheap, for those who look often."""
+    """The newest rows, up to `most`: cheap, for those who look often."""
     tail = (folder / "tail.bin").read_bytes()
-    count = struct.unpack_from("<Q", tail, _COUNT_AT)[0] if len(tail) >= _TAIL_HEADER else 0
-    rows = _valid_tail(tail, max(0, count - min(most, RING_ROWS)))
+    sealed = struct.unpack_from("<Q", tail, _SEALED_AT)[0] if len(tail) >= _TAIL_HEADER else 0
+    rows = _valid_tail(tail, max(0, sealed - min(most, RING_ROWS - SEAL_ROWS)))[-most:]
     names = [(c.name, str(c.kind)) for c in COLUMNS]
     return _columns(names, [rows.T] if rows.size else [])
 

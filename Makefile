@@ -16,8 +16,7 @@ $(STAMP): constraints.txt pyproject.toml
 	touch $(STAMP)
 
 demo: setup
-	@if [ -e runs/demo ]; then $(BIN)/surefoot train examples/digits.py --out runs/demo --fresh; \
-	else $(BIN)/surefoot train examples/digits.py --out runs/demo; fi
+	@$(BIN)/surefoot train examples/digits.py --out runs/demo
 	@$(BIN)/surefoot report runs/demo
 
 lint: setup

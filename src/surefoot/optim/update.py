@@ -27,7 +27,7 @@ class Updater:
         self.optimizer, self.params = optimizer, [p.detach() for p in params]
         self._every = measure_every
         self._before = [torch.empty_like(p) for p in self.params]
-        self._unmeasured = torch.tensor(torch.nan)
+        self._unmeasured = torch.tensor(torch.nan, device=self.params[0].device)
         on_device = self.params[0].device.type == "cuda"
         self._asks_device = on_device and all(g.get("fused") for g in optimizer.param_groups)
         if self._asks_device:

@@ -35,6 +35,8 @@ def describe(value: Any) -> Any:
             return value
         case float():
             return value if math.isfinite(value) else str(value)
+        case np.generic():
+            return describe(value.item())
         case Tensor() | np.ndarray():
             data = np.ascontiguousarray(value.detach().cpu() if isinstance(value, Tensor) else value)
             return f"array {data.shape} {data.dtype} {_short(data.tobytes())}"
@@ -43,7 +45,8 @@ def describe(value: Any) -> Any:
         case tuple() | list():
             return [describe(part) for part in value]
         case functools.partial():
-            return {"": describe(value.func), "args": describe(value.args), **value.keywords}
+            keywords = describe(value.keywords)
+            return {"": describe(value.func), "args": describe(value.args), **keywords}
     if is_dataclass(value) and not isinstance(value, type):
         parts = {f.name: describe(getattr(value, f.name)) for f in fields(value)}
         return {"": type(value).__qualname__, **parts}
@@ -51,8 +54,12 @@ def describe(value: Any) -> Any:
         return _describe_code(value)
     if isinstance(value, nn.Module):
         return describe_model(value)
+    if not hasattr(value, "__dict__") and " at 0x" not in repr(value):
+        return repr(value)
     attributes = {
-        name: describe(part) if isinstance(part, _PLAIN) or callable(part) else type(part).__name__
+        name: describe(part)
+        if isinstance(part, _PLAIN) or inspect.isroutine(part)
+        else type(part).__qualname__
         for name, part in getattr(value, "__dict__", {}).items()
         if not name.startswith("_")
     }

@@ -72,6 +72,14 @@ def event_lineage(events: list[Event]) -> list[Event]:
     kept: list[Event] = []
     for event in events:
         if event["kind"] == "resumed":
-            kept = [e for e in kept if e.get("step", 0) <= event["step"]]
+            kept = [e for e in kept if _happened_before(e, event["step"])]
         kept.append(event)
     return kept
+
+
+def _happened_before(event: Event, done: int) -> bool:
+    """Whether it belongs to the first `done` updates: a refused update is told of by its own number
+    (from 0), everything else by the number of updates done.
+    """
+    step = int(event.get("step", 0))
+    return step < done if event["kind"] == "skipped" else step <= done

@@ -6,6 +6,7 @@ directory: a new run is begun, an interrupted one continued from its newest soun
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import UninitializedParameter
 
 from surefoot.checkpoint.store import DirectoryStore
+from surefoot.checkpoint.tensors import can_keep
 from surefoot.data.feed import Feed
 from surefoot.data.plan import Cadence, Plan
 from surefoot.data.sources import describe_source
@@ -29,6 +31,7 @@ from surefoot.errors import (
     RecipeError,
     RunDirectoryError,
     StateError,
+    SurefootError,
     nearest,
 )
 from surefoot.identity import (
@@ -90,11 +93,13 @@ def build(
     operations: Operations,
     *,
     origin: Mapping[str, Any] | None = None,
+    fresh: bool = False,
 ) -> Build:
     """Makes a run of `recipe` ready in `folder`.
 
     Args:
         origin: what is to be recorded of where the recipe came from: ``file`` and ``options``.
+        fresh: a run that lies in `folder` is moved aside, once everything else is in order.
 
     Raises:
         UsageError: recipe, operations or folder do not fit; nothing was changed.
@@ -129,6 +134,9 @@ def build(
         "command": command_line(),
         "commit": code_commit(),
     }
+    identity = json.loads(json.dumps(identity))  # what is compared later is what was written
+    if fresh:
+        folder.move_aside()
     store = DirectoryStore(folder.checkpoints, keep_last=operations.checkpoint.keep_last)
     record, ended, notes = _open(folder, identity, state, store)
     notes += _notes(recipe, operations)
@@ -193,6 +201,7 @@ def _assemble(
     )
     state = RunState(
         model=model,
+        buffers=parts.buffers,
         optimizer=optimizer,
         scale=precision.scale,
         guard=guard,
@@ -230,7 +239,7 @@ def _open(
         if ended in TERMINAL and (checkpoint or state.step):
             lock.release()
             return None, ended, notes
-        attempt = 1 + max((e.get("attempt", 0) for e in events), default=0)
+        attempt = 1 + max((e["attempt"] for e in events), default=0)
         record = Recorder(folder, lock, attempt=attempt)
     except BaseException:
         lock.release()
@@ -272,11 +281,12 @@ def _restore(state: RunState, store: DirectoryStore) -> tuple[list[str], str]:
 
 
 def _same_run(before: dict[str, Any], now: dict[str, Any], folder: RunFolder) -> None:
-    options = [d.get("origin", {}).get("options", {}) for d in (before, now)]
-    lines = differences(*options) or []
+    lines = differences(*(d["origin"].get("options", {}) for d in (before, now)))
+    if before["environment"]["torch"] != now["environment"]["torch"]:  # may draw other first weights
+        now["recipe"]["model"]["initial"] = before["recipe"]["model"].get("initial")
     for part in ("recipe", "data", "plan"):
         lines += differences(before[part], now[part], part)
-    if any(before[part] != now[part] for part in ("recipe", "data", "plan")):
+    if lines:
         raise RunDirectoryError(
             f"{folder.path} holds a run of another recipe:\n    " + "\n    ".join(lines),
             why="Going on with another recipe would be neither run.",
@@ -304,7 +314,7 @@ def _identity(
         data["validation"] = describe_source(v.source)
     described["model"] = describe_model(model)
     return {
-        "origin": dict(origin or {}),
+        "origin": describe(origin or {}),
         "recipe": described,
         "data": data,
         "plan": plan.describe(),
@@ -366,6 +376,10 @@ def _model(recipe: Recipe, device: torch.device) -> nn.Module:
         np.random.seed(recipe.seed % (1 << 32))
         torch.manual_seed(recipe.seed)
         model = recipe.model()
+    except SurefootError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"model() raised {type(error).__name__}: {error}") from error
     finally:
         random.setstate(kept[0])
         np.random.set_state(kept[1])
@@ -378,6 +392,13 @@ def _model(recipe: Recipe, device: torch.device) -> nn.Module:
             f"model has parameters without a shape yet: {', '.join(lazy[:3])}.",
             fix="Run one batch through it in the function that makes it, or give the sizes.",
         )
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and not can_keep(tensor):
+            raise RecipeError(
+                f"model: {name} is a {tensor.dtype} tensor of layout {tensor.layout}, which checkpoints "
+                "cannot hold.",
+                fix="Register it as a dense tensor of a common dtype.",
+            )
     if not model.training:  # as pretrained models come; single modules keep their own mode
         model.train()
     return model.to(device)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import surefoot
+from surefoot.measure.digest import digest
 
 _FOREIGN = ("torch", "numpy", "torchmetrics", "builtins")
 
@@ -70,24 +71,33 @@ _PLAIN = (bool, int, float, str, tuple, list, dict, Tensor, np.ndarray, type(Non
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """Structure, parameters and code of a model."""
+    """Structure, parameters, plain attributes, first weights and code of a model just made."""
     kinds = {type(m) for m in model.modules()}
+    attributes = [
+        (prefix, name, describe(value))
+        for prefix, module in model.named_modules()
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, bool | int | float | str | tuple) and name[0] != "_" and name != "training"
+    ]
     shapes = [(n, str(p.dtype), tuple(p.shape)) for n, p in model.named_parameters()]
     return {
         "class": type(model).__qualname__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "structure": _short(f"{model}{shapes}".encode()),
+        "attributes": _short(repr(attributes).encode()),
+        "initial": digest(model)[:12],
         "code": sorted(c for k in kinds if "#" in (c := _describe_code(k))),
     }
 
 
 def _describe_code(thing: Callable[..., Any] | type) -> str:
-    """``module.name``, with a digest of the code for what is not of a library. Comments, layout and
+    """The name, with a digest of the code for what is not of a library. Comments, layout and
     docstrings do not count; the values a function closes over do.
     """
-    name = f"{getattr(thing, '__module__', '?')}.{getattr(thing, '__qualname__', repr(thing))}"
-    if name.split(".")[0] in _FOREIGN or name.startswith("surefoot."):
-        return name
+    name = str(getattr(thing, "__qualname__", type(thing).__qualname__))
+    module = str(getattr(thing, "__module__", ""))
+    if module.split(".")[0] in (*_FOREIGN, "surefoot"):
+        return f"{module}.{name}"
     closure = getattr(thing, "__closure__", None) or ()
     held = [c.cell_contents for c in closure if _is_plain(c)]
     held += list(getattr(thing, "__defaults__", None) or ())
@@ -105,7 +115,8 @@ def _is_plain(cell: Any) -> bool:
 def _code(thing: Any) -> bytes:
     code = getattr(thing, "__code__", None)
     if code is not None and thing.__name__ == "<lambda>":  # its source line holds more than itself
-        return repr((code.co_code, code.co_names, [c for c in code.co_consts if _repeats(c)])).encode()
+        constants = [sorted(map(repr, c)) if isinstance(c, frozenset) else c for c in code.co_consts]
+        return repr((code.co_code, code.co_names, [c for c in constants if _repeats(c)])).encode()
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
     except (OSError, TypeError, SyntaxError):

@@ -26,6 +26,10 @@ from surefoot.protocols import (
 from surefoot.types import DurationLike
 
 
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """The samples of one update.
@@ -45,13 +49,15 @@ class Batch:
     tail: Tail = field(default="keep", kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.size != "full" and (not isinstance(self.size, int) or self.size < 1):
+        if self.size != "full" and (not _is_int(self.size) or self.size < 1):
             raise RecipeError(
                 f"batch.size = {self.size!r} must be a whole number of at least 1, or 'full'."
             )
+        if not isinstance(self.shuffle, bool):
+            raise RecipeError(f"batch.shuffle = {self.shuffle!r} must be True or False.")
         if self.micro is None:
             return
-        if not isinstance(self.micro, int) or self.micro < 1:
+        if not _is_int(self.micro) or self.micro < 1:
             raise RecipeError(f"batch.micro = {self.micro!r} must be a whole number of at least 1.")
         if self.size != "full" and self.micro > self.size:
             raise RecipeError(
@@ -78,6 +84,11 @@ class Validation:
     batch: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.metrics, Mapping):
+            raise RecipeError("validation.metrics must be a dict of names to metrics.")
+        for name, metric in self.metrics.items():
+            if not callable(metric):
+                raise RecipeError(f"validation metric {name!r} is a {type(metric).__name__}.")
         if "loss" in self.metrics:
             raise RecipeError(
                 "validation: the name 'loss' is taken by the objective.",
@@ -144,17 +155,23 @@ class Recipe:
             raise RecipeError("objective must be callable: (model, data) -> losses of shape (n,).")
         if not isinstance(self.schedule, Piece | Chain):
             raise RecipeError(
-                f"schedule is a {type(self.schedule).__name__}.",
+                f"schedule is {self.schedule!r}.",
                 fix="Join pieces: warmup('5%') >> cosine().",
             )
-        if isinstance(self.gradient, str) or not isinstance(self.gradient, tuple | list):
+        transforms = self.gradient if isinstance(self.gradient, tuple | list) else [None]
+        if not all(callable(t) and not isinstance(t, type) for t in transforms):
             raise RecipeError("gradient must be a tuple of transforms.", fix="(clip_norm(1.0),)")
         for name, kind in (("batch", Batch), ("guard", Guard)):
             if not isinstance(getattr(self, name), kind):
                 raise RecipeError(f"{name} must be a {kind.__name__}(...).")
+        if not all(isinstance(rule, Group) for rule in self.groups):
+            raise RecipeError("groups must be a tuple of Group(...).", fix="(Group('*.bias'),)")
+        for name, optional in (("validation", Validation), ("early_stopping", EarlyStopping)):
+            if not isinstance(getattr(self, name), optional | None):
+                raise RecipeError(f"{name} must be a {optional.__name__}(...), or None.")
         if self.early_stopping is not None and self.validation is None:
             raise RecipeError("early_stopping needs a validation.", why="It watches a validation metric.")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 63:
+        if not _is_int(self.seed) or not 0 <= self.seed < 1 << 63:
             raise RecipeError(f"seed = {self.seed!r} must be a whole number from 0 to 2**63 - 1.")
 
     def _sources(self) -> dict[str, Any]:

@@ -19,7 +19,11 @@ from surefoot.guard.guard import Watch
 from surefoot.measure.digest import digest
 from surefoot.optim.patience import Patience
 from surefoot.optim.precision import LossScale
+from surefoot.optim.update import Buffers
 from surefoot.record.ledger import Ledger
+
+_EXTRA, _TRANSIENT = "extra/", "transient/"
+"""Prefixes, beside the model's own tensors, of tensors in extra state and of non-persistent buffers."""
 
 
 @dataclass
@@ -32,6 +36,7 @@ class RunState:
     """
 
     model: nn.Module
+    buffers: Buffers
     optimizer: Optimizer
     scale: LossScale | None
     guard: Watch
@@ -63,10 +68,11 @@ class RunState:
         model: dict[str, Tensor] = {}
         aliases: dict[str, str] = {}
         extra: dict[str, Any] = {}
+        beside: dict[str, Tensor] = {}
         seen: dict[tuple[Any, ...], str] = {}
         for name, value in self.model.state_dict().items():
             if not isinstance(value, Tensor):  # from a module's get_extra_state
-                extra[name] = flatten(value, f"extra/{name}", model)
+                extra[name] = flatten(value, f"{_EXTRA}{name}", beside)
                 continue
             place = (value.data_ptr(), value.dtype, value.shape, value.stride())
             if value.numel() and place in seen:  # tied weights are kept once
@@ -74,11 +80,14 @@ class RunState:
                 continue
             seen[place] = name
             model[name] = value
+        named = {**model, **{alias: model[name] for alias, name in aliases.items()}}
+        for name, value in self.buffers.transient(named).items():
+            beside[f"{_TRANSIENT}{name}"] = value
         optimizer: dict[str, Tensor] = {}
         facts = {
             "counters": {name: getattr(self, name) for name in self.COUNTERS},
             "ledger": self.ledger.value,
-            "digest": digest({**model, **{a: model[name] for a, name in aliases.items()}}),
+            "digest": digest(named),
             "aliases": aliases,
             "extra": extra,
             "optimizer": flatten(self._optimizer_state(), "", optimizer),
@@ -86,7 +95,7 @@ class RunState:
                 name: part.state_dict() for name, part in self._stateful().items() if part is not None
             },
         }
-        return Snapshot(model, optimizer, facts)
+        return Snapshot({**model, **beside}, optimizer, facts)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Puts a state back, by the names of parameters.
@@ -94,14 +103,16 @@ class RunState:
         Raises:
             StateError: the state is of another model or optimizer.
         """
-        facts, model = snapshot.facts, dict(snapshot.model)
-        extra = {name: unflatten(tree, model) for name, tree in facts["extra"].items()}
-        tensors = {name: t for name, t in model.items() if not name.startswith("extra/")}
+        facts, kept = snapshot.facts, snapshot.model
+        extra = {name: unflatten(tree, kept) for name, tree in facts["extra"].items()}
+        tensors = {n: t for n, t in kept.items() if not n.startswith((_EXTRA, _TRANSIENT))}
         tensors |= {alias: tensors[name] for alias, name in facts["aliases"].items()}
         try:
             self.model.load_state_dict(tensors | extra)
         except RuntimeError as error:
             raise StateError(f"the checkpoint is of another model: {error}") from error
+        transient = {n: t for n, t in kept.items() if n.startswith(_TRANSIENT)}
+        self.buffers.put_back({n.removeprefix(_TRANSIENT): t for n, t in transient.items()})
         self._load_optimizer_state(unflatten(facts["optimizer"], snapshot.optimizer))
         for name, part in self._stateful().items():
             if part is not None:
@@ -147,3 +158,9 @@ class RunState:
                 "param_groups": groups,
             }
         )
+        params = [p for g in self.optimizer.param_groups for p in g["params"]]
+        for name, slots in kept["state"].items():  # torch casts all but `step` to the parameter's dtype
+            state = self.optimizer.state[params[numbers[name]]]
+            for slot, value in slots.items():
+                if isinstance(value, Tensor) and state[slot].dtype != value.dtype:
+                    state[slot] = value.to(state[slot].device)

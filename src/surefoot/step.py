@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
 
-from surefoot.errors import RecipeError
+from surefoot.errors import OperationsError, RecipeError
 from surefoot.guard.guard import Watch
 from surefoot.keys import word
 from surefoot.optim.gradients import global_norm
 from surefoot.optim.precision import Precision
 from surefoot.optim.update import Buffers, Updater
 from surefoot.protocols import GradientTransform, Objective, Strategy
-from surefoot.types import Minibatch, Tree, map_leaves
+from surefoot.types import Minibatch, Tree, take_rows
 
 
 @dataclass(frozen=True)
@@ -86,13 +85,15 @@ def train_step(parts: Parts, batch: Minibatch, multiplier: float) -> Attempt:
         changed = transform(grads, norm)
         norm = global_norm(grads) if changed is None else changed
 
-    ratio = parts.updater.apply(permitted, step=batch.slots.step, multiplier=multiplier, base=parts.base_lr)
-    parts.buffers.settle(permitted, on_host=parts.device.type == "cpu")
+    ratio, applied = parts.updater.apply(
+        permitted, step=batch.slots.step, multiplier=multiplier, base=parts.base_lr
+    )
+    parts.buffers.settle(applied, on_host=parts.device.type == "cpu")
     loss_scale = None
     if parts.precision.scale is not None:
         loss_scale = parts.precision.scale.scale
         parts.precision.scale.adjust(permitted)
-    return Attempt(loss, grad_norm, ratio, permitted, loss_scale, num_micro)
+    return Attempt(loss, grad_norm, ratio, applied, loss_scale, num_micro)
 
 
 def accumulate(parts: Parts, batch: Minibatch) -> tuple[Tensor, int]:
@@ -103,12 +104,15 @@ def accumulate(parts: Parts, batch: Minibatch) -> tuple[Tensor, int]:
     """
     total = _known_weight(parts, batch)
     pieces = list(_pieces(parts, batch))
-    loss_sum = weight_sum = None
+    loss_sum = weight_sum = before = None
     for piece in pieces:
         if piece.begins_micro:
             seed_generators(word(word(parts.draws, batch.slots.step), piece.micro), parts.device)
+            before = torch.default_generator.get_state() if parts.physical < parts.micro else None
         with parts.precision.forward():
             losses, weights = _losses(parts, piece)
+        if before is not None:
+            _refuse_draws(parts, before)
         if total is None and (weights is None or len(pieces) == 1):
             total = _batch_weight(parts, batch, weights)
         weighted = losses.sum() if weights is None else (losses * weights).sum()
@@ -151,7 +155,7 @@ def _pieces(parts: Parts, batch: Minibatch) -> Iterator[_Piece]:
                 continue
             rows = slice(begin, end)
             yield _Piece(
-                map_leaves(itemgetter(rows), batch.data),
+                take_rows(batch.data, rows, batch.num_rows),
                 None if batch.weights is None else batch.weights[rows],
                 end - begin,
                 micro,
@@ -174,6 +178,12 @@ def _losses(parts: Parts, piece: _Piece) -> tuple[Tensor, Tensor | None]:
                 fix=f"Return shape ({piece.num_rows},): reduction='none', then the mean over all "
                 "dimensions but the first.",
             )
+    if not losses.is_floating_point() or not losses.requires_grad:
+        raise RecipeError(
+            f"objective returned losses ({losses.dtype}) that have no gradient.",
+            why="They must be floating-point numbers that depend on the model's parameters.",
+            fix="Look for detach(), no_grad() or argmax() between the model and the losses.",
+        )
     if losses.dtype in (torch.float16, torch.bfloat16):
         losses = losses.float()
     if weights is not None:
@@ -181,6 +191,20 @@ def _losses(parts: Parts, piece: _Piece) -> tuple[Tensor, Tensor | None]:
     if piece.weights is not None:
         weights = piece.weights if weights is None else weights * piece.weights
     return losses, weights
+
+
+def _refuse_draws(parts: Parts, before: Tensor) -> None:
+    """Random numbers of a forward pass are drawn for a whole logical micro-batch."""
+    moved = not torch.equal(torch.default_generator.get_state(), before)
+    if parts.device.type == "cuda":
+        moved |= torch.cuda.default_generators[parts.device.index or 0].get_offset() > 0
+    if not moved:
+        return
+    raise OperationsError(
+        f"compute.micro_batch = {parts.physical} would split the recipe's micro-batch of {parts.micro}.",
+        why="The model draws random numbers, so the split would change what is learned.",
+        fix=f"Set batch.micro = {parts.physical} in the recipe, or leave compute.micro_batch out.",
+    )
 
 
 def _known_weight(parts: Parts, batch: Minibatch) -> Tensor | float | None:

@@ -10,16 +10,20 @@ import math
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import torch
 
 from surefoot.checkpoint.store import DirectoryStore
 from surefoot.data.feed import Feed
 from surefoot.data.plan import Cadence
-from surefoot.errors import UsageError
+from surefoot.errors import RecipeError, SurefootError
 from surefoot.guard.guard import Stop
 from surefoot.measure.evaluate import Evaluation
 from surefoot.measure.readings import Readings
@@ -89,18 +93,32 @@ def steps(run: Run) -> Iterator[Outcome]:
             run.status = yield from _attempt(run)
             _end(run)
     except GeneratorExit:
-        run.status = run.stop.reason = "preempted"
+        run.status = "preempted"
         _end(run, reason="the caller left the loop")
         raise
-    except UsageError as error:
-        if run.fresh and run.state.step == 0:
-            run.record.discard()  # nothing was learned: leave nothing behind
-        else:
+    except Exception as error:
+        if not (run.fresh and run.state.step == 0):
             _fail(run, error)
-        raise
+            raise
+        run.record.discard()  # nothing was learned: leave nothing behind
+        if isinstance(error, SurefootError | OSError | MemoryError | torch.OutOfMemoryError):
+            raise
+        raise _first_step_failed(error) from error
     except BaseException as error:
         _fail(run, error)
         raise
+
+
+def _first_step_failed(error: Exception) -> RecipeError:
+    """What goes wrong in the first step is nearly always model, objective or data."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not {"surefoot", "torch"} & set(Path(f.filename).parts)]
+    where = [f"{f.filename}:{f.lineno} in {f.name}: {f.line}" for f in theirs[-3:]]
+    return RecipeError(
+        f"the first step failed: {type(error).__name__}: {error}",
+        why="\n       ".join(where),
+        fix="Try it on two samples by hand: objective(model, data.fetch(numpy.arange(2))).",
+    )
 
 
 def _attempt(run: Run) -> Generator[Outcome, None, str]:
@@ -151,7 +169,8 @@ def _attempt(run: Run) -> Generator[Outcome, None, str]:
         if _validation_due(run):
             return "preempted"  # a stop was asked for while validating
         if keep_due(state.step):
-            keep(run)
+            if not keep(run):
+                return "diverged"
             boundary = time.perf_counter()
     return "stopped_early" if state.stopped_early else "finished"
 
@@ -177,16 +196,18 @@ def _settle(run: Run, label: _Label | None, attempt: Attempt | None) -> Stop | N
         else:
             state.num_refused += 1
             run.record.event(
-                "skipped", step=slots.step, reason=_why_refused(run, loss), loss=loss,
+                "skipped", step=slots.step, reason=_why_refused(run, loss, grad_norm), loss=loss,
                 grad_norm=grad_norm,
             )  # fmt: skip
         verdict = run.parts.guard.review(step=slots.step, permitted=bool(permitted)) or verdict
     return verdict
 
 
-def _why_refused(run: Run, loss: float) -> str:
+def _why_refused(run: Run, loss: float, grad_norm: float) -> str:
     if not math.isfinite(loss):
         return "loss is not finite"
+    if math.isfinite(grad_norm):
+        return "the optimizer's update is not finite"
     fp16 = run.parts.precision.scale is not None
     return "fp16 overflow: loss scale halved" if fp16 else "gradient is not finite"
 
@@ -251,11 +272,17 @@ def _keeper(run: Run) -> Callable[[int], bool]:
     return by_clock
 
 
-def keep(run: Run) -> None:
-    """Keeps the state in the store, and makes the log up to it durable first."""
+def keep(run: Run) -> bool:
+    """Keeps the state in the store, and makes the log up to it durable first. Weights that are not
+    finite are not worth keeping: whether they were kept.
+    """
     begun = time.perf_counter()
     _settle(run, None, None)
     run.record.sync()
+    if not run.parts.updater.finite():
+        reason = "the weights are not finite: an update overflowed, or the caller changed them"
+        run.record.event("diverged", step=run.state.step, reason=reason)
+        return False
     checkpoint = run.store.save(run.state.snapshot(), run.state.step)
     run.record.event(
         "checkpointed",
@@ -263,12 +290,13 @@ def keep(run: Run) -> None:
         name=checkpoint.path.name,
         seconds=round(time.perf_counter() - begun, 6),
     )
+    return True
 
 
 def _end(run: Run, **facts: Any) -> None:
     state = run.state
-    _settle(run, None, None)
-    keep(run)
+    if not keep(run):
+        run.status = "diverged"
     run.record.event(
         "ended",
         status=run.status,

@@ -151,6 +151,22 @@ def map_leaves(function: Callable[[Any], Any], tree: Tree) -> Tree:
     return function(tree)
 
 
+def take_rows(tree: Tree, rows: slice, num_rows: int) -> Tree:
+    """Rows of every array in a nest, and of every list of `num_rows` things that are no arrays, such as
+    texts; what else there is stays as it is.
+    """
+    if hasattr(tree, "shape"):
+        return tree[rows]
+    if isinstance(tree, dict):
+        return {name: take_rows(branch, rows, num_rows) for name, branch in tree.items()}
+    if not isinstance(tree, tuple | list):
+        return tree
+    if len(tree) == num_rows and not any(hasattr(leaf, "shape") for leaf in leaves(tree)):
+        return tree[rows]
+    branches = [take_rows(branch, rows, num_rows) for branch in tree]
+    return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)
+
+
 def leaves(tree: Tree) -> list[Any]:
     """The leaves of a nest of tuples, lists and dicts, in order."""
     found: list[Any] = []

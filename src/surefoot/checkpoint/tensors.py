@@ -34,6 +34,11 @@ _DTYPES = {
 }
 
 
+def can_keep(tensor: Tensor) -> bool:
+    """Whether the format has a place for it."""
+    return tensor.layout == torch.strided and tensor.dtype in _DTYPES
+
+
 def safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, tensor by tensor.
 
@@ -46,7 +51,7 @@ def safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memory
     header: dict[str, Any] = {}
     offset = 0
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.dtype not in _DTYPES:
+        if not can_keep(tensor):
             raise StateError(
                 f"{name}: a {tensor.dtype} tensor of layout {tensor.layout} cannot be kept.",
                 fix="Register it as a dense tensor of a common dtype.",

@@ -73,6 +73,9 @@ def _errors() -> Iterator[None]:
     except SurefootError as error:
         err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:  # a signal before the loop began, or a second one within it
+        err.print("interrupted")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _version(wanted: bool) -> None:

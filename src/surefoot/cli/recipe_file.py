@@ -109,6 +109,9 @@ def _value(text: str, annotation: Any) -> Any:
     """A text as pydantic takes it: JSON for lists and the like, else as it stands."""
     if text in ("none", "None", "null") and type(None) in get_args(annotation):
         return None
+    present = [a for a in get_args(annotation) if a is not type(None)]
+    if len(present) == 1 and type(None) in get_args(annotation):
+        annotation = present[0]
     if get_origin(annotation) in (list, tuple, dict, set) or annotation in (list, tuple, dict):
         try:
             return from_json(text)

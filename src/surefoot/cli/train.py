@@ -45,9 +45,14 @@ def run_order(order: Order, out: Console, err: Console) -> int:
     options = recipe_file.parse(order.settings)
     recipe = recipe_file.make(options)
     folder = RunFolder(order.out or Path("runs") / order.file.stem)
-    if order.fresh:
-        _move_aside(folder, order.out, err)
-    built = build(recipe, folder, operations, origin={"file": order.file.name, "options": options})
+    if order.fresh and order.out is None:
+        raise RunDirectoryError(
+            "--fresh needs --out.",
+            why="It moves what lies there aside, so you say where.",
+            fix=f"Add --out {folder.path}.",
+        )
+    origin = {"file": order.file.name, "options": options}
+    built = build(recipe, folder, operations, origin=origin, fresh=order.fresh)
     command = " ".join(["surefoot", *sys.argv[1:]])
     if built.run is None:
         done = result(built)
@@ -65,29 +70,6 @@ def run_order(order: Order, out: Console, err: Console) -> int:
     done = result(built)
     _verdict(done, time.monotonic() - begun, out, command)
     return EXIT_CODES.get(done.status, 1)
-
-
-def _move_aside(folder: RunFolder, out: Path | None, err: Console) -> None:
-    """Renames an existing run; it is never removed.
-
-    Raises:
-        RunDirectoryError: --out was not given, the folder holds something else, or is in use.
-    """
-    if out is None:
-        raise RunDirectoryError(
-            "--fresh needs --out.",
-            why="It moves what lies there aside, so you say where.",
-            fix=f"Add --out {folder.path}.",
-        )
-    if not folder.holds_run():
-        return
-    if folder.is_running():
-        raise RunDirectoryError(f"{folder.path} is in use by another process.")
-    number = 1
-    while (aside := folder.path.with_name(f"{folder.path.name}.old-{number}")).exists():
-        number += 1
-    folder.path.rename(aside)
-    err.print(f"moved the run in {folder.path} to {aside}", soft_wrap=True)
 
 
 def _verdict(done: Result, seconds: float | None, out: Console, command: str) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ class Feed:
             sampler=range(start, stop),
             num_workers=min(self.workers, stop - start),
             prefetch_factor=self.prefetch,
+            collate_fn=_as_it_is,
             worker_init_fn=_enter_worker,
             multiprocessing_context="fork",
             generator=torch.Generator(),  # or it would draw from the global one
@@ -126,9 +128,23 @@ class _Fetches(TorchDataset[Tree]):
         return self._feed.fetch(self._feed.plan.at(step))
 
 
+def _as_it_is(fetched: Tree) -> Tree:
+    """Torch's default would turn arrays into tensors and tuples into lists."""
+    return fetched
+
+
+def _outlive_one(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+
+
 def _enter_worker(_: int) -> None:
-    """A worker leaves Ctrl-C to the main process, and dies with it even if that is killed."""
+    """A worker leaves Ctrl-C to the main process, and dies with it even if that is killed.
+
+    A scheduler sends SIGTERM to all processes of a job: the first is for the main process, which then
+    finishes its step; a second one, as torch's loader sends to a worker that hangs, ends the worker.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _outlive_one)
     try:
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

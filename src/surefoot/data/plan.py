@@ -68,6 +68,8 @@ class Plan:
 
     def at(self, step: int) -> Slots:
         """Slots of update `step`, counted from 0."""
+        if step < 0:
+            raise IndexError(f"steps count from 0, got {step}")
         n, b = self.num_samples, self.batch_size
         if self.tail == "straddle":
             return self._straddling(step)

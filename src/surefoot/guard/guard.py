@@ -63,7 +63,7 @@ class Watch:
             f"{self.num_refused_in_a_row} updates in a row were refused, up to step {step}: "
             "loss or gradient is not finite whatever the batch.",
             "Lower the learning rate, clip the gradient (clip_norm), or look for values in the data "
-            "that are not finite; the last checkpoint holds finite weights.",
+            "that are not finite.",
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -110,6 +110,12 @@ class Chain:
                 curve = piece.curve(n, measure, start=start, before=before)
                 curves.append((start, n, _scaled(curve, piece.scale)))
                 before = curves[-1][2](n - 1)
+                sampled = [curves[-1][2](t) for t in {0, n // 2, n - 1}]
+                if not all(math.isfinite(value) and value >= 0 for value in sampled):
+                    raise RecipeError(
+                        f"schedule: {_name(piece)} takes the values {sampled}.",
+                        why="A rate is finite and not negative.",
+                    )
             if isinstance(piece, Plateau):
                 if plateau is not None:
                     raise RecipeError("schedule: one plateau is enough.")

@@ -172,9 +172,15 @@ def build_optimizer(spec: OptimizerSpec | OptimizerFactory, groups: Groups) -> O
     """
     build: Any = getattr(spec, "build", spec)
     name = getattr(spec, "__name__", type(spec).__name__)
+    if not callable(build) or (isinstance(spec, type) and hasattr(spec, "build")):
+        raise RecipeError(
+            f"optimizer is {spec!r}.", fix="Give a spec such as SGD(lr=0.1), or a function of groups."
+        )
     try:
         optimizer = build(groups)
     except (TypeError, ValueError) as error:
+        if len(groups) > 1 and "per-parameter options" in str(error):  # L-BFGS: say why instead
+            build_optimizer(spec, [{"params": [p for group in groups for p in group["params"]]}])
         raise RecipeError(f"optimizer {name} refuses its options: {error}") from error
     if not isinstance(optimizer, Optimizer):
         raise RecipeError(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
+
+from surefoot.optim.gradients import global_norm
 
 
 class Updater:
@@ -46,16 +50,19 @@ class Updater:
             for p in group["params"]:
                 self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
-    def apply(self, permitted: Tensor, *, step: int, multiplier: float, base: list[float]) -> Tensor:
+    def apply(
+        self, permitted: Tensor, *, step: int, multiplier: float, base: list[float]
+    ) -> tuple[Tensor, Tensor]:
         """One update, if `permitted` (bool, 0-d), at the rates ``base[group] * multiplier``.
 
-        Returns the update ratio: 2-norm of the change over 2-norm of the weights before; NaN where
-        it is not measured, 0 where the update is refused.
+        Returns the update ratio (2-norm of the change over 2-norm of the weights before; NaN where it is
+        not measured, 0 where the update is refused), and whether the update was applied. On a CPU a
+        measured update that turns out not to be finite (an optimizer divided zero by zero) is undone.
         """
         for group, lr in zip(self.optimizer.param_groups, base, strict=True):
             group["lr"] = lr * multiplier
         if not self._asks_device and not permitted.item():
-            return torch.zeros_like(self._unmeasured)
+            return torch.zeros_like(self._unmeasured), permitted
         measured = step % self._every == 0
         if measured:
             torch._foreach_copy_(self._before, self.params)
@@ -63,54 +70,76 @@ class Updater:
             self.optimizer.found_inf = (~permitted).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         if not measured:
-            return self._unmeasured
+            return self._unmeasured, permitted
         changes = torch._foreach_sub(self._before, self.params)
         norms = torch.stack(torch._foreach_norm([*changes, *self._before])).view(2, -1)
         change, size = torch.linalg.vector_norm(norms, dim=1).unbind()
-        ratio: Tensor = change / size
-        return ratio
+        if not self._asks_device and not math.isfinite(change.item()):
+            torch._foreach_copy_(self.params, self._before)
+            return torch.zeros_like(self._unmeasured), ~permitted
+        return change / size, permitted
+
+    def finite(self) -> bool:
+        """Whether all weights are."""
+        return bool(torch.isfinite(global_norm(self.params)).item())
 
 
 class Buffers:
     """Buffers that the forward pass changes (batch-norm statistics), so that it can be undone.
 
-    Which they are is learned: what the first forward pass changes is copied before each one from then
-    on; what changes later is noticed by torch's version counter, and its first copy is still good until
-    then. So constant tables cost memory once and no time.
+    Those of norms always count, since torch's batch norm changes them without counting versions. Of the
+    others, what the first forward pass changes does, by value, and what changes later is noticed by its
+    version, until when its first copy is good. So constant tables cost memory once and no time.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._live = [b for b in model.buffers() if b.numel()]
-        self._kept: list[Tensor] = []
-        self._versions: list[int] = []
-        self._changing: list[int] = []
+        self._live = {name: b for name, b in model.named_buffers() if b.numel()}
+        self._kept: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
         self._learned = False
+        norms = {
+            id(b) for m in model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)
+        }
+        self.changing = [name for name, b in self._live.items() if id(b) in norms]
 
     def remember(self) -> None:
         """Before the first forward pass of a step."""
         if not self._live:
             return
         if not self._kept:
-            self._kept = [b.detach().clone() for b in self._live]
-            self._versions = [b._version for b in self._live]
-        elif self._changing:
+            self._kept = {name: b.detach().clone() for name, b in self._live.items()}
+            self._versions = {name: b._version for name, b in self._live.items()}
+        elif self.changing:
             torch._foreach_copy_(
-                [self._kept[i] for i in self._changing], [self._live[i] for i in self._changing]
+                [self._kept[name] for name in self.changing],
+                [self._live[name] for name in self.changing],
             )
 
     def settle(self, permitted: Tensor, *, on_host: bool) -> None:
         """After the last one: keep the changes if `permitted` (bool, 0-d), else undo them."""
         if not self._live:
             return
-        if not self._learned:  # by value: batch norm does not count versions
-            self._learned = True
-            pairs = enumerate(zip(self._live, self._kept, strict=True))
-            self._changing = [i for i, (live, kept) in pairs if not torch.equal(live, kept)]
-        for i, (buffer, version) in enumerate(zip(self._live, self._versions, strict=True)):
-            if buffer._version != version and i not in self._changing:
-                self._changing.append(i)
+        for name, live in self._live.items():
+            if name not in self.changing and (
+                live._version != self._versions[name]
+                or not (self._learned or torch.equal(live, self._kept[name]))
+            ):
+                self.changing.append(name)
+        self._learned = True
         if on_host and permitted.item():
             return
-        for i in self._changing:
-            live, kept = self._live[i], self._kept[i]
+        for name in self.changing:
+            live, kept = self._live[name], self._kept[name]
             live.copy_(kept if on_host else torch.where(permitted, live, kept))
+
+    def transient(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Those that change and are not among `names`: registered as not persistent."""
+        known = set(names)
+        return {name: self._live[name] for name in self.changing if name not in known}
+
+    def put_back(self, values: dict[str, Tensor]) -> None:
+        """Restores what `transient` gave, and counts it among those that change."""
+        for name, value in values.items():
+            self._live[name].copy_(value)
+            if name not in self.changing:
+                self.changing.append(name)

@@ -59,10 +59,10 @@ def read_events(path: Path) -> tuple[list[Event], list[int]]:
             continue
         try:
             event = json.loads(line)
-            if not isinstance(event, dict) or "kind" not in event:
+            if not {"kind", "attempt"} <= set(event) or not isinstance(event["attempt"], int):
                 raise ValueError
             events.append(event)
-        except ValueError:
+        except (ValueError, TypeError):
             broken.append(number)
     return events, broken
 

@@ -14,6 +14,7 @@ from surefoot.errors import RunDirectoryError, StateError
 
 SCHEMA = 1
 _PATIENCE_S = 3.0
+_PARTS = {"origin", "recipe", "data", "plan", "total_updates", "groups", "environment"}
 
 
 class RunFolder:
@@ -64,6 +65,8 @@ class RunFolder:
             ) from None
         except (OSError, ValueError) as error:
             raise StateError(f"{self.identity_file} cannot be read: {error}") from error
+        if isinstance(identity, dict) and identity.get("schema") == SCHEMA and not set(identity) >= _PARTS:
+            raise StateError(f"{self.identity_file} is damaged: parts of it are missing.")
         if not isinstance(identity, dict) or identity.get("schema") != SCHEMA:
             raise StateError(
                 f"{self.identity_file} has a format that this version does not read.",
@@ -79,6 +82,21 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         os.rename(temporary, self.identity_file)
+
+    def move_aside(self) -> None:
+        """Renames a run that lies here to ``<name>.old-<n>``; nothing is removed.
+
+        Raises:
+            RunDirectoryError: something else lies here, or the run is in use.
+        """
+        if not self.holds_run():
+            return
+        if self.is_running():
+            raise RunDirectoryError(f"{self.path} is in use by another process.")
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+            number += 1
+        self.path.rename(aside)
 
     def is_running(self) -> bool:
         """Whether a process is writing to this run now."""

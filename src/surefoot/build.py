@@ -7,6 +7,7 @@ directory: a new run is begun, an interrupted one continued from its newest soun
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 from collections.abc import Mapping
@@ -176,6 +177,8 @@ def _assemble(
     grouped = parameter_groups(model, recipe.groups, decays=decays)
     optimizer = build_optimizer(recipe.optimizer, grouped)
     base_lr = [float(g["lr"]) * g["lr_scale"] for g in optimizer.param_groups]
+    if not all(math.isfinite(lr) for lr in base_lr):
+        raise RecipeError(f"optimizer: the learning rate is {base_lr[0]}.", fix="Give a finite one.")
     groups = [{**row, "lr": lr} for row, lr in zip(table(optimizer.param_groups), base_lr, strict=True)]
     params = [p for p in model.parameters() if p.requires_grad]
     small = sum(p.numel() for p in params) <= _MEASURED_EVERY_STEP

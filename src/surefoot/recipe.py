@@ -142,6 +142,9 @@ class Recipe:
                 why="It is called after seeding, so that every start has the same weights.",
                 fix="Give the function or class, or lambda: MyModel(...).",
             )
+        for name, optional in (("validation", Validation), ("early_stopping", EarlyStopping)):
+            if not isinstance(getattr(self, name), optional | None):
+                raise RecipeError(f"{name} must be a {optional.__name__}(...), or None.")
         for name, source in self._sources().items():
             if not hasattr(source, "__len__") or not (
                 hasattr(source, "fetch") or isinstance(source, KeyedSource)
@@ -166,9 +169,6 @@ class Recipe:
                 raise RecipeError(f"{name} must be a {kind.__name__}(...).")
         if not all(isinstance(rule, Group) for rule in self.groups):
             raise RecipeError("groups must be a tuple of Group(...).", fix="(Group('*.bias'),)")
-        for name, optional in (("validation", Validation), ("early_stopping", EarlyStopping)):
-            if not isinstance(getattr(self, name), optional | None):
-                raise RecipeError(f"{name} must be a {optional.__name__}(...), or None.")
         if self.early_stopping is not None and self.validation is None:
             raise RecipeError("early_stopping needs a validation.", why="It watches a validation metric.")
         if not _is_int(self.seed) or not 0 <= self.seed < 1 << 63:

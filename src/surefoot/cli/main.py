@@ -50,10 +50,11 @@ def main() -> None:
     Exit codes: 0 finished; 1 failed; 2 bad usage or recipe; 3 diverged; 4 budget reached; 75
     interrupted, the same command continues.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         app(prog_name="surefoot")
-    except KeyboardInterrupt:
+    except _Interrupted:
         err.print("interrupted")
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of a pipe has had enough
@@ -61,8 +62,14 @@ def main() -> None:
         sys.exit(1)
 
 
+class _Interrupted(BaseException):
+    """A signal outside the training loop. Not KeyboardInterrupt: argument parsing turns that into exit
+    code 130, and the interpreter, if it passes an extension module's import, into death by SIGINT.
+    """
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    raise _Interrupted
 
 
 @contextmanager
@@ -73,9 +80,8 @@ def _errors() -> Iterator[None]:
     except SurefootError as error:
         err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:  # a signal before the loop began, or a second one within it
-        err.print("interrupted")
-        raise typer.Exit(INTERRUPTED) from None
+    except KeyboardInterrupt:  # a second Ctrl-C within the training loop
+        raise _Interrupted from None
 
 
 def _version(wanted: bool) -> None:

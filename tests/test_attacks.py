@@ -331,6 +331,26 @@ def test_state_that_cannot_be_kept_is_refused_before_training(tmp_path):
         sf.fit(recipe(model=make), out=tmp_path / "run")
 
 
+@pytest.mark.parametrize("where", ["objective", "metric"])
+def test_an_error_within_the_run_ends_the_workers(tmp_path, where):
+    """At exit multiprocessing terminates its children once and waits for ever."""
+    changes = {
+        "objective": "objective=lambda m, d: 1 / 0 if next(COUNT) > 3 else LOSS(m, d)",
+        "metric": "validation=sf.Validation("
+        "ROWS, {'m': lambda m, d: 1 / 0 if next(COUNT) > 1 else d[0][:, 0]})",
+    }[where]
+    code = GOOD + (
+        "\nimport itertools\nCOUNT, LOSS = itertools.count(), sf.supervised(F.cross_entropy)\n"
+        "ROWS = sf.Dataset([(torch.ones(4) * i, i % 2) for i in range(64)])\n"
+    )
+    file = write(tmp_path, f"data=ROWS, {changes}", code)
+    begun = time.monotonic()
+    done = surefoot("train", file, "--out", tmp_path / "run", "--workers", "2")
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+    assert time.monotonic() < begun + 60
+
+
 def test_one_damaged_run_does_not_hide_the_others(tmp_path):
     file = write(tmp_path)
     assert surefoot("train", file, "--out", tmp_path / "runs/good").returncode == 0

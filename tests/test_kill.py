@@ -44,22 +44,30 @@ def kill_until_done(path: Path, rng: random.Random, *settings: str) -> int:
     kills, deadline = 0, time.monotonic() + 280
     while True:
         process = train(path, "pause_s=0.004", *settings)
-        begun, first = time.monotonic(), newest_step(path)
-        if rng.random() < 0.15:  # anywhere, importing and restoring included
-            time.sleep(rng.uniform(0.0, 3.5))
-        else:
-            goal = first + rng.randint(1, 7)
-            while newest_step(path) < goal and process.poll() is None:
-                time.sleep(0.002)
-                assert time.monotonic() < begun + 60
-            time.sleep(rng.uniform(0.0, 0.03))
-        process.send_signal(signal.SIGKILL)
+        try:
+            kill_in_time(process, path, rng)
+        finally:
+            process.kill()
         out, err = process.communicate()
         if process.returncode == 0:
             return kills
         assert process.returncode == -signal.SIGKILL, err + out
         kills += 1
         assert time.monotonic() < deadline
+
+
+def kill_in_time(process, path: Path, rng: random.Random) -> None:
+    """Kills a training process some steps from where it starts, or anywhere."""
+    begun, first = time.monotonic(), newest_step(path)
+    if rng.random() < 0.15:  # importing and restoring included
+        time.sleep(rng.uniform(0.0, 3.5))
+    else:
+        goal = first + rng.randint(1, 7)
+        while newest_step(path) < goal and process.poll() is None:
+            time.sleep(0.002)
+            assert time.monotonic() < begun + 60
+        time.sleep(rng.uniform(0.0, 0.03))
+    process.send_signal(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

@@ -123,11 +123,7 @@ def test_the_model_is_made_as_after_manual_seed(fit):
         made.append((random.random(), np.random.random(), torch.rand(1).item()))
         return mlp()
 
-    torch.manual_seed(11)
-    random.seed(5)
-    before = random.getstate()
     fit(model=make, seed=3, until=1)
-    assert random.getstate() == before
     random.seed(3)
     np.random.seed(3)
     torch.manual_seed(3)

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -31,7 +31,7 @@ from surefoot.optim.schedules import Resolved
 from surefoot.record.recorder import Recorder
 from surefoot.state import RunState
 from surefoot.step import Attempt, Parts, train_step
-from surefoot.types import Outcome, Slots
+from surefoot.types import Minibatch, Outcome, Slots
 
 
 @dataclass
@@ -123,10 +123,14 @@ def _first_step_failed(error: Exception) -> RecipeError:
 
 def _attempt(run: Run) -> Generator[Outcome, None, str]:
     """Updates from `state.step` on; returns the status that the run ends with."""
-    state, parts, record = run.state, run.parts, run.record
     if _validation_due(run) and _validate(run) is None:
         return "preempted"
-    batches = run.feed.batches(state.step, run.total)
+    with closing(run.feed.batches(run.state.step, run.total)) as batches:  # else workers outlive errors
+        return (yield from _updates(run, batches))
+
+
+def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None, str]:
+    state, parts, record = run.state, run.parts, run.record
     next_validation = run.validate.after(state.step) if run.validate else run.total + 1
     keep_due = _keeper(run)
     boundary = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -51,8 +51,8 @@ class Feed:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_keyed", isinstance(self.source, KeyedSource))
 
-    def batches(self, start: int, stop: int) -> Iterator[Minibatch]:
-        """Batches of steps ``start..stop``, in order."""
+    def batches(self, start: int, stop: int) -> Generator[Minibatch, None, None]:
+        """Batches of steps ``start..stop``, in order. Closing it ends the workers."""
         if not (self.workers and self._keyed) or start >= stop:
             return (self.at(step) for step in range(start, stop))
         loader = DataLoader(
@@ -68,7 +68,7 @@ class Feed:
         )
         return self._deliver(range(start, stop), loader)
 
-    def _deliver(self, steps: Iterable[int], fetched: Iterable[Tree]) -> Iterator[Minibatch]:
+    def _deliver(self, steps: Iterable[int], fetched: Iterable[Tree]) -> Generator[Minibatch, None, None]:
         for step, data in zip(steps, fetched, strict=True):
             yield self._minibatch(self.plan.at(step), data)
 

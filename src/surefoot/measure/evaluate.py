@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from surefoot.errors import RecipeError
 from surefoot.protocols import Objective
 from surefoot.types import Minibatch, Tree
 
-Batches = Callable[[], Iterator[Minibatch]]
+Batches = Callable[[], Generator[Minibatch, None, None]]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Evaluation:
         for metric in counters.values():
             metric.reset()
         self.seed()
-        with _evaluating(model) as forget, torch.no_grad():
-            for index, batch in enumerate(self.batches()):
+        with _evaluating(model) as forget, torch.no_grad(), closing(self.batches()) as batches:
+            for index, batch in enumerate(batches):
                 if stop():
                     return None
                 if most is not None and index >= most:

@@ -6,6 +6,7 @@ directory: a new run is begun, an interrupted one continued from its newest soun
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -340,6 +341,8 @@ def _device(operations: Operations) -> torch.device:
             raise OperationsError(
                 f"device = {operations.device!r} is unknown.", fix="Use cpu, cuda, cuda:1 or auto."
             ) from None
+    if device.type == "cpu":
+        _keep_freed_memory()
     if device.type not in ("cpu", "cuda"):
         raise OperationsError(f"device = {operations.device!r}: surefoot runs on cpu and cuda.")
     if device.type == "cuda":
@@ -353,6 +356,20 @@ def _device(operations: Operations) -> torch.device:
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.backends.cudnn.benchmark = False
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep up to 1 GiB of freed memory instead of returning it to the system after each step,
+    to be faulted in again page by page: a quarter of the time of a small convolutional network
+    (docs/decisions/0009). Where the C library has no such settings, nothing happens."""
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(m_mmap_threshold, 32 << 20)
+    mallopt(m_trim_threshold, 1 << 30)
+    mallopt(m_top_pad, 64 << 20)
 
 
 def _plan(recipe: Recipe) -> Plan:

@@ -361,7 +361,8 @@ def _device(operations: Operations) -> torch.device:
 def _keep_freed_memory() -> None:
     """Lets glibc keep up to 1 GiB of freed memory instead of returning it to the system after each step,
     to be faulted in again page by page: a quarter of the time of a small convolutional network
-    (docs/decisions/0009). Where the C library has no such settings, nothing happens."""
+    (docs/decisions/0009). Where the C library has no such settings, nothing happens.
+    """
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
     try:
         mallopt = ctypes.CDLL(None).mallopt

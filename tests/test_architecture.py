@@ -14,7 +14,7 @@ LEVELS = [
     {"protocols"},
     PARTS,
     {"state"},
-    {"step"},
+    {"train_step"},
     {"train"},
     {"recipe", "operations", "identity"},
     {"build", "run"},

@@ -31,6 +31,19 @@ def test_every_public_thing_has_a_docstring():
                 assert inspect.getdoc(member), f"{name}.{method}"
 
 
+def test_no_module_hides_a_public_name():
+    """Importing a submodule sets it as an attribute of its package, over what was there (decision 10)."""
+    code = (
+        "import importlib, pkgutil, types, surefoot\n"
+        "for module in pkgutil.walk_packages(surefoot.__path__, 'surefoot.'):\n"
+        "    if module.name != 'surefoot.__main__':\n"
+        "        importlib.import_module(module.name)\n"
+        "hidden = [n for n in surefoot.__all__ if isinstance(getattr(surefoot, n), types.ModuleType)]\n"
+        "assert not hidden, hidden\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_import_is_light():
     code = (
         "import sys, surefoot\n"

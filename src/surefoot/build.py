@@ -62,7 +62,7 @@ from surefoot.record.events import read_events
 from surefoot.record.folder import RunFolder
 from surefoot.record.recorder import Recorder
 from surefoot.state import RunState
-from surefoot.step import Parts, seed_generators
+from surefoot.train_step import Parts, seed_generators
 from surefoot.train import Run
 from surefoot.types import DurationLike, duration
 

@@ -1,6 +1,6 @@
 """The loop: from the first step that is not done yet to the end of the run.
 
-Read this first, then `step`. A batch comes from the feed, `train_step` attempts an update, its row goes
+Read this first, then `train_step`. A batch comes from the feed, `train_step` attempts an update, its row goes
 to the record, and every so often the model is validated and the state kept.
 """
 
@@ -30,7 +30,7 @@ from surefoot.measure.readings import Readings
 from surefoot.optim.schedules import Resolved
 from surefoot.record.recorder import Recorder
 from surefoot.state import RunState
-from surefoot.step import Attempt, Parts, train_step
+from surefoot.train_step import Attempt, Parts, train_step
 from surefoot.types import Minibatch, Outcome, Slots
 
 

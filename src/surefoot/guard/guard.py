@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,9 @@ class Stop:
     fix: str
 
 
+_YES, _NO = torch.tensor(True), torch.tensor(False)
+
+
 class Watch:
     """A guard at work: stateless on the device, a few counters on the host."""
 
@@ -51,8 +55,13 @@ class Watch:
 
     @staticmethod
     def permit(loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Whether the update may be applied: bool, 0-d, on the device of `loss` (0-d)."""
-        return torch.isfinite(loss + grad_norm)  # one test for both: it is half the time
+        """Whether the update may be applied: bool, 0-d, on the device of `loss` (0-d).
+
+        On a CPU numbers are read at once, which costs a tenth of the operations that a device needs.
+        """
+        if loss.device.type == "cpu":
+            return _YES if math.isfinite(loss.item()) and math.isfinite(grad_norm.item()) else _NO
+        return (loss - loss) + (grad_norm - grad_norm) == 0  # inf - inf and NaN - NaN are NaN
 
     def review(self, *, step: int, permitted: bool) -> Stop | None:
         """Looks at the row of a step once its numbers have reached the host."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -30,7 +31,7 @@ class Updater:
     def __init__(self, optimizer: Optimizer, params: Sequence[Tensor], *, measure_every: int) -> None:
         self.optimizer, self.params = optimizer, [p.detach() for p in params]
         self._every = measure_every
-        self._before = [torch.empty_like(p) for p in self.params]
+        self._copies = self._new_copies() if measure_every == 1 else None
         self._unmeasured = torch.tensor(torch.nan, device=self.params[0].device)
         on_device = self.params[0].device.type == "cuda"
         self._asks_device = on_device and all(g.get("fused") for g in optimizer.param_groups)
@@ -64,24 +65,44 @@ class Updater:
         if not self._asks_device and not permitted.item():
             return torch.zeros_like(self._unmeasured), permitted
         measured = step % self._every == 0
-        if measured:
-            torch._foreach_copy_(self._before, self.params)
+        if measured:  # what is seldom used is not kept: it is twice the size of the weights
+            before, change = self._copies or self._new_copies()
+            before.take(self.params)
         if self._asks_device:
             self.optimizer.found_inf = (~permitted).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         if not measured:
             return self._unmeasured, permitted
-        changes = torch._foreach_sub(self._before, self.params)
-        norms = torch.stack(torch._foreach_norm([*changes, *self._before])).view(2, -1)
-        change, size = torch.linalg.vector_norm(norms, dim=1).unbind()
-        if not self._asks_device and not math.isfinite(change.item()):
-            torch._foreach_copy_(self.params, self._before)
+        change.take(self.params)
+        moved = torch.linalg.vector_norm(change.all.sub_(before.all))
+        if not self._asks_device and not math.isfinite(moved.item()):
+            torch._foreach_copy_(self.params, before.parts)
             return torch.zeros_like(self._unmeasured), ~permitted
-        return change / size, permitted
+        return moved / torch.linalg.vector_norm(before.all), permitted
+
+    def _new_copies(self) -> tuple[_Flat, _Flat]:
+        return _Flat(self.params), _Flat(self.params)
 
     def finite(self) -> bool:
         """Whether all weights are."""
         return bool(torch.isfinite(global_norm(self.params)).item())
+
+
+class _Flat:
+    """Copies of tensors, end to end in one, so that a norm over all of them is one operation: a third of
+    the time for the ten thousand weights of a small network. Its dtype holds all of theirs exactly.
+    """
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        dtype = functools.reduce(torch.promote_types, [t.dtype for t in like])
+        sizes = [t.numel() for t in like]
+        self.all = torch.empty(sum(sizes), dtype=dtype, device=like[0].device)
+        split = zip(self.all.split(sizes), like, strict=True)
+        self.parts = [part.view(tensor.shape) for part, tensor in split]
+
+    def take(self, tensors: Sequence[Tensor]) -> None:
+        """Copies them."""
+        torch._foreach_copy_(self.parts, tensors)
 
 
 class Buffers:

@@ -63,7 +63,6 @@ def test_options_are_identity_too(tmp_path):
     [
         {"optimizer": sf.SGD(lr=float("nan"))},
         {"optimizer": sf.SGD(lr=float("inf"))},
-        {"schedule": sf.constant() * float("nan")},
         {"schedule": sf.linear(to=-1.0)},
     ],
 )
@@ -365,3 +364,99 @@ def test_one_damaged_run_does_not_hide_the_others(tmp_path):
 def test_steps_count_from_zero(fit):
     with pytest.raises(IndexError):
         sf.open_run(fit().run_dir).plan.ids(-1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sf.clip_norm("1"),
+        lambda: sf.clip_norm(None),
+        lambda: sf.clip_value([1.0]),
+        lambda: sf.Group(3),
+        lambda: sf.Group("*", lr="fast"),
+        lambda: sf.Guard(max_refused_in_a_row="many"),
+        lambda: sf.EarlyStopping(metric=3),
+        lambda: sf.EarlyStopping(patience="long"),
+        lambda: sf.EarlyStopping(mode="up"),
+        lambda: sf.Validation(sf.Arrays(*blobs(4)), batch="all"),
+        lambda: sf.Validation(sf.Arrays(*blobs(4)), metrics={"a": int}),
+        lambda: sf.Arrays([[1, 2], [3]]),
+        lambda: sf.supervised(3),
+        lambda: sf.warmup(3) * "2",
+        lambda: sf.constant() * float("nan"),
+        lambda: sf.warmup(3) >> 3,
+        lambda: sf.cosine(to="low"),
+        lambda: sf.linear(to=None),
+        lambda: sf.linear(start=float("nan")),
+        lambda: sf.step(every=5, factor="half"),
+        lambda: sf.exponential(gamma="a"),
+        lambda: sf.one_cycle(peak="early"),
+        lambda: sf.restarts(period=3, growth=1.5),
+        lambda: sf.plateau(mode="up"),
+        lambda: sf.plateau(patience=-1),
+        lambda: sf.Operations(device=3),
+        lambda: sf.open_run(3),
+    ],
+)
+def test_wrong_types_in_a_spec(make):
+    with pytest.raises(sf.UsageError) as caught:
+        make()
+    assert "object" not in str(caught.value)  # no message of Python's own
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "says"),
+    [
+        (sf.SGD(lr="fast"), "SGD: lr = 'fast' must be a number."),
+        (sf.Adam(betas=0.9), "Adam: betas = 0.9 must be (a number, a number)."),
+        (sf.AdamW(amsgrad=1), "AdamW: amsgrad = 1 must be True or False."),
+        (sf.Adafactor(eps=("a", 1.0)), "must be (a number or None, a number)."),
+    ],
+)
+def test_wrong_types_in_an_optimizer(tmp_path, optimizer, says):
+    with pytest.raises(sf.RecipeError) as caught:
+        sf.fit(recipe(optimizer=optimizer), out=tmp_path / "run")
+    assert says in str(caught.value)
+
+
+def test_what_fails_in_the_first_validation_is_told_as_the_recipes(tmp_path):
+    broken = sf.Validation(sf.Arrays(*blobs(4)), metrics={"accuracy": lambda model, data: data["x"]})
+    with pytest.raises(sf.RecipeError, match="the first validation failed: TypeError"):
+        sf.fit(recipe(validation=broken), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_end_is_refused(tmp_path):
+    with pytest.raises(sf.RecipeError, match="more updates than any run"):
+        sf.fit(recipe(until="1e400ep"), out=tmp_path / "run")
+
+
+STUCK = """
+import time, numpy as np, torch, torch.nn.functional as F, surefoot as sf
+class Stuck:
+    def __len__(self): return 64
+    def __getitem__(self, i):
+        if i >= 32: time.sleep(600)
+        return torch.ones(3), 1
+def recipe() -> sf.Recipe:
+    return sf.Recipe(model=lambda: torch.nn.Linear(3, 2), data=sf.Dataset(Stuck()), until="1ep",
+        objective=sf.supervised(F.cross_entropy), optimizer=sf.SGD(lr=0.1),
+        batch=sf.Batch(8, shuffle=False))
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_request_to_stop_does_not_wait_for_a_batch(tmp_path, workers):
+    process = surefoot_process(
+        "train", write(tmp_path, code=STUCK), "--out", tmp_path / "run", "--workers", str(workers)
+    )
+    while (
+        not (tmp_path / "run/steps/tail.bin").exists()
+        or len(read_newest(tmp_path / "run/steps", 9)["step"]) < 4
+    ):
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 75, err
+    assert sf.open_run(tmp_path / "run").checkpoints()[-1].step == 4

@@ -6,24 +6,16 @@ directory: a new run is begun, an interrupted one continued from its newest soun
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import os
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.parameter import UninitializedParameter
 
 from surefoot.checkpoint.store import DirectoryStore
-from surefoot.checkpoint.tensors import can_keep
 from surefoot.data.feed import Feed
 from surefoot.data.plan import Cadence, Plan
 from surefoot.data.sources import describe_source
@@ -31,23 +23,20 @@ from surefoot.errors import (
     DataError,
     OperationsError,
     RecipeError,
-    RunDirectoryError,
-    StateError,
     SurefootError,
     nearest,
 )
 from surefoot.identity import (
-    DECIDES_BITS,
     code_commit,
     command_line,
     describe,
     describe_model,
-    differences,
     environment,
 )
 from surefoot.keys import key
 from surefoot.measure.evaluate import Evaluation
 from surefoot.measure.readings import Readings
+from surefoot.model import make_model, physical_rows
 from surefoot.operations import Operations
 from surefoot.optim.groups import parameter_groups, table
 from surefoot.optim.patience import EarlyStopping, Patience
@@ -55,20 +44,18 @@ from surefoot.optim.precision import Precision
 from surefoot.optim.schedules import Plateau, Resolved, resolve
 from surefoot.optim.specs import build_optimizer
 from surefoot.optim.update import Buffers, Updater
+from surefoot.parallel.device import choose_device
 from surefoot.parallel.single import Single
 from surefoot.protocols import KeyedSource, Objective, Weighing
 from surefoot.recipe import Recipe, Validation
-from surefoot.record.events import read_events
 from surefoot.record.folder import RunFolder
-from surefoot.record.recorder import Recorder
+from surefoot.resume import begin_or_continue
 from surefoot.state import RunState
+from surefoot.train import Run, first_failure
 from surefoot.train_step import Parts, seed_generators
-from surefoot.train import Run
 from surefoot.types import DurationLike, duration
 
-TERMINAL = ("finished", "stopped_early", "diverged")
-"""Statuses after which a run does not go on."""
-
+_MOST_UPDATES = 1 << 48
 _MEASURED_EVERY_STEP = 1 << 17
 _MEASURED_SELDOM = 16
 
@@ -109,10 +96,19 @@ def build(
     """
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"expected a Recipe, got {type(recipe).__name__}.")
+    if not isinstance(operations, Operations):
+        what = type(operations).__name__
+        raise OperationsError(f"expected Operations, got {what}.", fix='Operations(device="cpu")')
     folder.holds_run()  # complain before the work
-    device = _device(operations)
+    device = choose_device(
+        operations.device,
+        threads=operations.compute.threads,
+        deterministic=operations.compute.deterministic,
+    )
     plan = _plan(recipe)
     total = plan.updates(duration(recipe.until, name="until"), of=None, name="until")
+    if total > _MOST_UPDATES:
+        raise RecipeError(f"until = {recipe.until!r} is more updates than any run finishes.")
 
     def measure(length: DurationLike, name: str) -> int:
         return plan.updates(duration(length, name=name), of=total, name=name)
@@ -123,7 +119,7 @@ def build(
     schedule = resolve(recipe.schedule, total, measure)
     validate = cadence(recipe.validation.every, "validation.every") if recipe.validation else None
     keep_every = duration(operations.checkpoint.every, name="checkpoint.every")
-    model = _model(recipe, device)
+    model = make_model(recipe.model, seed=recipe.seed, device=device)
     identity = _identity(recipe, plan, model, origin)
     parts, state, groups = _assemble(recipe, operations, model, device, plan, schedule)
     evaluation = _evaluation(recipe, operations, parts, plan)
@@ -140,7 +136,7 @@ def build(
     if fresh:
         folder.move_aside()
     store = DirectoryStore(folder.checkpoints, keep_last=operations.checkpoint.keep_last)
-    record, ended, notes = _open(folder, identity, state, store)
+    record, ended, notes = begin_or_continue(folder, identity, state, store)
     notes += _notes(recipe, operations)
     if record is None:
         return Build(folder, state, None, ended, notes, groups)
@@ -201,7 +197,7 @@ def _assemble(
         device=device,
         draws=key(recipe.seed, "forward"),
         micro=micro,
-        physical=_physical(operations.compute.micro_batch, micro, model),
+        physical=physical_rows(operations.compute.micro_batch, micro, model),
     )
     state = RunState(
         model=model,
@@ -213,90 +209,6 @@ def _assemble(
         early_stopping=_patience(recipe.early_stopping),
     )
     return parts, state, groups
-
-
-# ------------------------------------------------------------------------- the run directory
-
-
-def _open(
-    folder: RunFolder, identity: dict[str, Any], state: RunState, store: DirectoryStore
-) -> tuple[Recorder | None, str, list[str]]:
-    """Begins or continues the run: its recorder (None if it has ended), status if so, and notes."""
-    lock = folder.lock()
-    try:
-        if not folder.holds_run():
-            folder.create(identity)
-            record = Recorder(folder, lock, attempt=1)
-            record.event("started", step=0, environment=identity["environment"])
-            return record, "", []
-        before = folder.identity()
-        _same_run(before, identity, folder)
-        events, _ = read_events(folder.events_file)
-        notes, checkpoint = _restore(state, store)
-        if not checkpoint and any(e["kind"] == "checkpointed" for e in events):
-            raise StateError(
-                f"{folder.checkpoints} is empty, but the run has kept checkpoints there.",
-                why="Starting anew silently would hide that they are lost.",
-                fix="Restore the folder from a copy, or start anew with --fresh or another --out.",
-            )
-        ended = events[-1].get("status", "") if events and events[-1]["kind"] == "ended" else ""
-        if ended in TERMINAL and (checkpoint or state.step):
-            lock.release()
-            return None, ended, notes
-        attempt = 1 + max((e["attempt"] for e in events), default=0)
-        record = Recorder(folder, lock, attempt=attempt)
-    except BaseException:
-        lock.release()
-        raise
-    for line in notes:
-        record.event("checkpoint_rejected", step=state.step, reason=line)
-    now, then = identity["environment"], before["environment"]
-    changed = {k: [then.get(k), now[k]] for k in DECIDES_BITS if then.get(k) != now[k]}
-    record.event("resumed", step=state.step, checkpoint=checkpoint, environment_changed=changed)
-    where = f"from checkpoint {checkpoint}" if checkpoint else "no checkpoint was completed before"
-    notes.append(f"continues at step {state.step} ({where}), attempt {attempt}")
-    if changed:
-        what = ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items())
-        notes.append(f"the environment changed ({what}): equal to rounding, not to the bit")
-    return record, "", notes
-
-
-def _restore(state: RunState, store: DirectoryStore) -> tuple[list[str], str]:
-    """Restores the newest sound checkpoint: why others were rejected, and its name ('' if none).
-
-    Raises:
-        StateError: there are checkpoints, but none is sound.
-    """
-    rejected: list[str] = []
-    for checkpoint in reversed(store.checkpoints()):
-        try:
-            state.restore(store.load(checkpoint))
-        except StateError as error:
-            rejected.append(f"checkpoint {checkpoint.path.name} rejected: {error.what}")
-            continue
-        return rejected, checkpoint.path.name
-    if rejected:
-        raise StateError(
-            "the run has checkpoints, but none is sound.\n  " + "\n  ".join(rejected),
-            why="Starting anew silently would throw the run away.",
-            fix="Restore the folder from a copy, or start anew with another --out.",
-        )
-    return [], ""
-
-
-def _same_run(before: dict[str, Any], now: dict[str, Any], folder: RunFolder) -> None:
-    lines = differences(*(d["origin"].get("options", {}) for d in (before, now)))
-    if before["environment"]["torch"] != now["environment"]["torch"]:  # may draw other first weights
-        now["recipe"]["model"]["initial"] = before["recipe"]["model"].get("initial")
-    for part in ("recipe", "data", "plan"):
-        lines += differences(before[part], now[part], part)
-    if lines:
-        raise RunDirectoryError(
-            f"{folder.path} holds a run of another recipe:\n    " + "\n    ".join(lines),
-            why="Going on with another recipe would be neither run.",
-            fix="Give another --out; or take the change back to continue; or add --fresh, which "
-            "moves the old run aside.",
-        )
 
 
 def _identity(
@@ -325,54 +237,6 @@ def _identity(
     }
 
 
-# ------------------------------------------------------------------------- what is needed for it
-
-
-def _device(operations: Operations) -> torch.device:
-    """The device, and what is process-wide about it."""
-    if operations.compute.threads is not None:
-        torch.set_num_threads(operations.compute.threads)
-    if operations.device == "auto":
-        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    else:
-        try:
-            device = torch.device(operations.device)
-        except RuntimeError:
-            raise OperationsError(
-                f"device = {operations.device!r} is unknown.", fix="Use cpu, cuda, cuda:1 or auto."
-            ) from None
-    if device.type == "cpu":
-        _keep_freed_memory()
-    if device.type not in ("cpu", "cuda"):
-        raise OperationsError(f"device = {operations.device!r}: surefoot runs on cpu and cuda.")
-    if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise OperationsError(
-                f"device = {operations.device!r}: torch sees {torch.cuda.device_count()} GPUs.",
-                fix="Use cpu or auto, or install a torch build for this GPU.",
-            )
-        if operations.compute.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.backends.cudnn.benchmark = False
-    return device
-
-
-def _keep_freed_memory() -> None:
-    """Lets glibc keep up to 1 GiB of freed memory instead of returning it to the system after each step,
-    to be faulted in again page by page: a quarter of the time of a small convolutional network
-    (docs/decisions/0009). Where the C library has no such settings, nothing happens.
-    """
-    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(m_mmap_threshold, 32 << 20)
-    mallopt(m_trim_threshold, 1 << 30)
-    mallopt(m_top_pad, 64 << 20)
-
-
 def _plan(recipe: Recipe) -> Plan:
     num_samples = _length(recipe.data, "data")
     size = num_samples if recipe.batch.size == "full" else recipe.batch.size
@@ -387,60 +251,6 @@ def _length(source: Any, name: str) -> int:
     if length < 1:
         raise DataError(f"{name} is empty.", fix="Give a source with at least one sample.")
     return length
-
-
-def _model(recipe: Recipe, device: torch.device) -> nn.Module:
-    """The model as made after seeding, on the device; the process's generators stay as they were."""
-    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        random.seed(recipe.seed)
-        np.random.seed(recipe.seed % (1 << 32))
-        torch.manual_seed(recipe.seed)
-        model = recipe.model()
-    except SurefootError:
-        raise
-    except Exception as error:
-        raise RecipeError(f"model() raised {type(error).__name__}: {error}") from error
-    finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
-        torch.set_rng_state(kept[2])
-    if not isinstance(model, nn.Module):
-        raise RecipeError(f"model() made a {type(model).__name__}, not a torch.nn.Module.")
-    lazy = [n for n, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
-    if lazy:
-        raise RecipeError(
-            f"model has parameters without a shape yet: {', '.join(lazy[:3])}.",
-            fix="Run one batch through it in the function that makes it, or give the sizes.",
-        )
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor) and not can_keep(tensor):
-            raise RecipeError(
-                f"model: {name} is a {tensor.dtype} tensor of layout {tensor.layout}, which checkpoints "
-                "cannot hold.",
-                fix="Register it as a dense tensor of a common dtype.",
-            )
-    if not model.training:  # as pretrained models come; single modules keep their own mode
-        model.train()
-    return model.to(device)
-
-
-def _physical(wanted: int | None, micro: int, model: nn.Module) -> int:
-    """Rows through the model at once. Splitting further than the recipe does must not change what is
-    learned, so it is refused where the rows of a micro-batch are not independent.
-    """
-    if wanted is None or wanted >= micro:
-        return micro
-    for name, module in model.named_modules():
-        drops = isinstance(module, _DropoutNd) and module.p > 0
-        if drops or (isinstance(module, _BatchNorm) and module.training):
-            raise OperationsError(
-                f"compute.micro_batch = {wanted} would split the recipe's micro-batch of {micro}.",
-                why=f"{name} ({type(module).__name__}) treats the rows of a micro-batch together, so "
-                "the split would change what is learned.",
-                fix=f"Set batch.micro = {wanted} in the recipe, or leave compute.micro_batch out.",
-            )
-    return wanted
 
 
 def _compiled(objective: Objective, operations: Operations) -> Objective:
@@ -498,7 +308,12 @@ def _check_watched(
         if watched:
             raise RecipeError("plateau needs a validation.", why="It watches a validation metric.")
         return
-    known = evaluation(model, most=1) or {}
+    try:
+        known = evaluation(model, most=1) or {}
+    except (SurefootError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise first_failure("first validation", error) from error
     for who, metric in watched.items():
         if metric not in known:
             raise RecipeError(

@@ -87,15 +87,19 @@ class Validation:
         if not isinstance(self.metrics, Mapping):
             raise RecipeError("validation.metrics must be a dict of names to metrics.")
         for name, metric in self.metrics.items():
-            if not callable(metric):
-                raise RecipeError(f"validation metric {name!r} is a {type(metric).__name__}.")
+            if not callable(metric) or isinstance(metric, type):
+                what = f"the class {metric.__name__}" if isinstance(metric, type) else repr(metric)
+                raise RecipeError(
+                    f"validation metric {name!r} is {what}.",
+                    fix="Give a torchmetrics.Metric object, or a function (model, data) -> f32[n].",
+                )
         if "loss" in self.metrics:
             raise RecipeError(
                 "validation: the name 'loss' is taken by the objective.",
                 fix="Give the metric another name.",
             )
-        if self.batch is not None and self.batch < 1:
-            raise RecipeError(f"validation.batch = {self.batch} must be at least 1.")
+        if self.batch is not None and (not _is_int(self.batch) or self.batch < 1):
+            raise RecipeError(f"validation.batch = {self.batch!r} must be a whole number of at least 1.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +171,8 @@ class Recipe:
         for name, kind in (("batch", Batch), ("guard", Guard)):
             if not isinstance(getattr(self, name), kind):
                 raise RecipeError(f"{name} must be a {kind.__name__}(...).")
-        if not all(isinstance(rule, Group) for rule in self.groups):
+        rules = self.groups if isinstance(self.groups, tuple | list) else [None]
+        if not all(isinstance(rule, Group) for rule in rules):
             raise RecipeError("groups must be a tuple of Group(...).", fix="(Group('*.bias'),)")
         if self.early_stopping is not None and self.validation is None:
             raise RecipeError("early_stopping needs a validation.", why="It watches a validation metric.")

@@ -1,7 +1,7 @@
 """The loop: from the first step that is not done yet to the end of the run.
 
-Read this first, then `train_step`. A batch comes from the feed, `train_step` attempts an update, its row goes
-to the record, and every so often the model is validated and the state kept.
+Read this first, then `train_step`. A batch comes from the feed, `train_step` attempts an update, its row
+goes to the record, and every so often the model is validated and the state kept.
 """
 
 from __future__ import annotations
@@ -34,11 +34,18 @@ from surefoot.train_step import Attempt, Parts, train_step
 from surefoot.types import Minibatch, Outcome, Slots
 
 
+class _NotWaiting(BaseException):
+    """Raised by a signal out of the wait for a batch, where the state is whole."""
+
+
 @dataclass
 class StopRequest:
-    """Whether somebody asked for a stop at the next step boundary, and who."""
+    """Whether somebody asked for a stop at the next step boundary, and who. waiting: the loop waits for
+    a batch, which may take long and changes nothing, so that a signal may end the wait.
+    """
 
     reason: str = ""
+    waiting: bool = False
 
     def __call__(self) -> bool:
         """Whether."""
@@ -103,19 +110,19 @@ def steps(run: Run) -> Iterator[Outcome]:
         run.record.discard()  # nothing was learned: leave nothing behind
         if isinstance(error, SurefootError | OSError | MemoryError | torch.OutOfMemoryError):
             raise
-        raise _first_step_failed(error) from error
+        raise first_failure("first step", error) from error
     except BaseException as error:
         _fail(run, error)
         raise
 
 
-def _first_step_failed(error: Exception) -> RecipeError:
-    """What goes wrong in the first step is nearly always model, objective or data."""
+def first_failure(what: str, error: Exception) -> RecipeError:
+    """What goes wrong when model, objective and data first meet is nearly always one of them."""
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [f for f in frames if not {"surefoot", "torch"} & set(Path(f.filename).parts)]
     where = [f"{f.filename}:{f.lineno} in {f.name}: {f.line}" for f in theirs[-3:]]
     return RecipeError(
-        f"the first step failed: {type(error).__name__}: {error}",
+        f"the {what} failed: {type(error).__name__}: {error}",
         why="\n       ".join(where),
         fix="Try it on two samples by hand: objective(model, data.fetch(numpy.arange(2))).",
     )
@@ -139,8 +146,8 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
             return "preempted"
         asked = time.perf_counter()
         try:
-            batch = next(batches)
-        except RuntimeError:  # a worker that the same signal ended
+            batch = _wait_for(batches, run.stop)
+        except (_NotWaiting, RuntimeError):  # or a worker that the same signal ended
             if run.stop():
                 return "preempted"
             raise
@@ -177,6 +184,14 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
                 return "diverged"
             boundary = time.perf_counter()
     return "stopped_early" if state.stopped_early else "finished"
+
+
+def _wait_for(batches: Iterator[Minibatch], stop: StopRequest) -> Minibatch:
+    try:
+        stop.waiting = True
+        return next(batches)
+    finally:
+        stop.waiting = False
 
 
 def _settle(run: Run, label: _Label | None, attempt: Attempt | None) -> Stop | None:
@@ -331,6 +346,8 @@ def _signals(stop: StopRequest) -> Iterator[None]:
         if number == signal.SIGINT and stop():
             raise KeyboardInterrupt
         stop.reason = signal.Signals(number).name
+        if stop.waiting:
+            raise _NotWaiting
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal
+from numbers import Integral, Real
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,56 @@ Tree = Any
 
 HOLE = -1
 """The id of a slot that no sample fills; its weight is zero."""
+
+
+# ---------------------------------------------------------------------------------- specs
+
+
+def check_fields(spec: Any, name: str) -> None:
+    """Checks the fields of a dataclass that are declared as plain values: numbers, texts, flags, choices,
+    and tuples and unions of them. Fields of other types are left to who knows them.
+
+    Raises:
+        RecipeError: a value is of another type, or is not a number.
+    """
+    hints = get_type_hints(type(spec))
+    for field in fields(spec):
+        value, hint = getattr(spec, field.name), hints[field.name]
+        if not _fits(value, hint):
+            raise RecipeError(f"{name}: {field.name} = {value!r} must be {_in_words(hint)}.")
+
+
+_PLAIN: dict[Any, tuple[type, str]] = {
+    float: (Real, "a number"),
+    int: (Integral, "a whole number"),
+    bool: (bool, "True or False"),
+    str: (str, "a text"),
+    NoneType: (NoneType, "None"),
+}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if hint in _PLAIN:
+        kind = _PLAIN[hint][0]
+        return isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) and value == value
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if get_origin(hint) is tuple and Ellipsis not in parts:
+        same = isinstance(value, tuple | list) and len(value) == len(parts)
+        return same and all(map(_fits, value, parts))
+    if parts and all(part in _PLAIN or get_args(part) for part in parts):  # a union of plain types
+        return any(_fits(value, part) for part in parts)
+    return True
+
+
+def _in_words(hint: Any) -> str:
+    if hint in _PLAIN:
+        return _PLAIN[hint][1]
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    parts = [_in_words(part) for part in get_args(hint)]
+    return f"({', '.join(parts)})" if get_origin(hint) is tuple else " or ".join(parts)
 
 
 # ---------------------------------------------------------------------------------- durations

@@ -86,7 +86,10 @@ def _tensor(array: Any, name: int | str) -> Tensor:
     if isinstance(array, Tensor):
         tensor = array.detach()
     else:
-        array = np.asanyarray(array)
+        try:
+            array = np.asanyarray(array)
+        except ValueError as error:  # ragged lists
+            raise DataError(f"Arrays: array {name} is no array: {error}") from None
         if array.dtype.kind not in "biufc":
             raise DataError(f"Arrays: array {name} has dtype {array.dtype}, which is not numeric.")
         if not array.flags.writeable:  # torch warns; nothing here writes

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from surefoot.errors import RecipeError
+from surefoot.types import check_fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,7 @@ class Guard:
     max_refused_in_a_row: int = 50
 
     def __post_init__(self) -> None:
+        check_fields(self, "guard")
         if self.max_refused_in_a_row < 1:
             raise RecipeError("guard: max_refused_in_a_row must be at least 1.")
 

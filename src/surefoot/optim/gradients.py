@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from surefoot.errors import RecipeError
+from surefoot.types import check_fields
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -32,6 +33,7 @@ class ClipNorm:
     max_norm: float
 
     def __post_init__(self) -> None:
+        check_fields(self, "clip_norm")
         if not self.max_norm > 0:
             raise RecipeError(f"clip_norm({self.max_norm}) must be above zero.")
 
@@ -51,6 +53,7 @@ class ClipValue:
     limit: float
 
     def __post_init__(self) -> None:
+        check_fields(self, "clip_value")
         if not self.limit > 0:
             raise RecipeError(f"clip_value({self.limit}) must be above zero.")
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from surefoot.errors import RecipeError, nearest
+from surefoot.types import check_fields
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -34,6 +35,7 @@ class Group:
     freeze: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, f"group {self.match!r}")
         if self.lr < 0 or (self.weight_decay or 0.0) < 0:
             raise RecipeError(f"group {self.match!r}: lr and weight_decay must not be negative.")
 

@@ -30,6 +30,8 @@ def supervised(function: LossFunction, **options: Any) -> Supervised:
     Raises:
         RecipeError: the loss takes no ``reduction``, or ``reduction`` is among the options.
     """
+    if not callable(function):
+        raise RecipeError(f"supervised({function!r}) needs a loss function.", fix="F.cross_entropy")
     if "reduction" in options or "reduction" not in inspect.signature(function).parameters:
         raise RecipeError(
             f"supervised({getattr(function, '__name__', function)}) cannot choose the reduction.",

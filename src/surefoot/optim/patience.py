@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from surefoot.errors import RecipeError
+from surefoot.types import check_fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +27,11 @@ class EarlyStopping:
     min_delta: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.patience < 1 or self.min_delta < 0 or self.mode not in ("min", "max"):
+        check_fields(self, "early_stopping")
+        if self.patience < 1 or self.min_delta < 0:
             raise RecipeError(
-                "early_stopping needs patience >= 1, min_delta >= 0 and mode 'min' or 'max'; got "
-                f"{self.patience}, {self.min_delta}, {self.mode!r}."
+                "early_stopping needs patience >= 1 and min_delta >= 0; got "
+                f"{self.patience} and {self.min_delta}."
             )
 
 

@@ -20,10 +20,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Literal, Self
 
 from surefoot.errors import RecipeError
-from surefoot.types import DurationLike
+from surefoot.types import DurationLike, check_fields
 
 Curve = Callable[[int], float]
 Measure = Callable[[DurationLike, str], int]
@@ -42,6 +43,13 @@ class Piece(ABC):
     over: DurationLike | None = field(default=None, kw_only=True)
     scale: float = field(default=1.0, kw_only=True)
 
+    def __post_init__(self) -> None:
+        check_fields(self, _name(self))
+        self.check()
+
+    def check(self) -> None:  # noqa: B027 - most pieces take any number
+        """Raises a `RecipeError` if a value is out of range."""
+
     @abstractmethod
     def curve(self, n: int, measure: Measure, *, start: int, before: float) -> Curve:
         """Values at t = 0 .. n - 1, unscaled.
@@ -57,6 +65,8 @@ class Piece(ABC):
         return Chain((self,)) >> other
 
     def __mul__(self, factor: float) -> Self:
+        if not isinstance(factor, Real):
+            raise RecipeError(f"schedule: {_name(self)} * {factor!r}: the factor must be a number.")
         return replace(self, scale=self.scale * factor)
 
     __rmul__ = __mul__
@@ -69,6 +79,10 @@ class Chain:
     pieces: tuple[Piece, ...]
 
     def __rshift__(self, other: Piece | Chain) -> Chain:
+        if not isinstance(other, Piece | Chain):
+            raise RecipeError(
+                f"schedule: >> {other!r} is no schedule.", fix="Join pieces: warmup('5%') >> cosine()."
+            )
         return Chain(self.pieces + (other.pieces if isinstance(other, Chain) else (other,)))
 
     def __mul__(self, factor: float) -> Chain:
@@ -245,7 +259,8 @@ class Exponential(Piece):
     gamma: float | None = None
     to: float | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Ranges."""
         if (self.gamma is None) == (self.to is None):
             raise RecipeError("exponential needs either gamma (per update) or to (at the end).")
         if (self.gamma or self.to or 0.0) <= 0:
@@ -291,7 +306,8 @@ class OneCycle(Piece):
     start: float = 1 / 25
     to: float = 1 / 25e4
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Ranges."""
         if not 0 < self.peak < 1:
             raise RecipeError(f"one_cycle: peak = {self.peak} must lie between 0 and 1.")
 
@@ -320,7 +336,8 @@ class Restarts(Piece):
     growth: int = 1
     to: float = 0.0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Ranges."""
         if self.growth < 1:
             raise RecipeError(f"restarts: growth = {self.growth} must be at least 1.")
 
@@ -361,9 +378,15 @@ class Plateau(Piece):
     min_delta: float = 0.0
     least: float = 0.0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Ranges."""
         if not 0 < self.factor < 1:
             raise RecipeError(f"plateau: factor = {self.factor} must lie between 0 and 1.")
+        if self.patience < 0 or self.min_delta < 0:
+            raise RecipeError(
+                f"plateau: patience = {self.patience} and min_delta = {self.min_delta} "
+                "must not be negative."
+            )
 
     def curve(self, n: int, measure: Measure, *, start: int, before: float) -> Curve:
         """1; the reductions are applied on top of it."""

@@ -7,7 +7,7 @@ times faster on small tensors and rounds differently, so it belongs to the recip
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from surefoot.errors import RecipeError
 from surefoot.protocols import OptimizerFactory, OptimizerSpec
+from surefoot.types import check_fields
 
 Groups = list[dict[str, Any]]
 
@@ -176,6 +177,8 @@ def build_optimizer(spec: OptimizerSpec | OptimizerFactory, groups: Groups) -> O
         raise RecipeError(
             f"optimizer is {spec!r}.", fix="Give a spec such as SGD(lr=0.1), or a function of groups."
         )
+    if hasattr(spec, "build") and is_dataclass(spec):
+        check_fields(spec, name)
     try:
         optimizer = build(groups)
     except (TypeError, ValueError) as error:

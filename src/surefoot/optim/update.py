@@ -97,10 +97,10 @@ class _Flat:
         dtype = functools.reduce(torch.promote_types, [t.dtype for t in like])
         sizes = [t.numel() for t in like]
         self.all = torch.empty(sum(sizes), dtype=dtype, device=like[0].device)
-        split = zip(self.all.split(sizes), like, strict=True)
+        split = zip(torch.split(self.all, sizes), like, strict=True)
         self.parts = [part.view(tensor.shape) for part, tensor in split]
 
-    def take(self, tensors: Sequence[Tensor]) -> None:
+    def take(self, tensors: list[Tensor]) -> None:
         """Copies them."""
         torch._foreach_copy_(self.parts, tensors)
 

@@ -24,6 +24,8 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
+        if not isinstance(path, str | os.PathLike):
+            raise RunDirectoryError(f"a run directory is a path, not {path!r}.", fix='out="runs/mine"')
         self.path = Path(path)
         self.identity_file = self.path / "run.json"
         self.events_file = self.path / "events.jsonl"

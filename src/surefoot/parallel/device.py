@@ -1,0 +1,59 @@
+"""The device of a process, and what is process-wide about it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import torch
+
+from surefoot.errors import OperationsError
+
+
+def choose_device(name: str, *, threads: int | None, deterministic: bool) -> torch.device:
+    """The device of that name (``auto``: a GPU if there is one), with this process set up for it.
+
+    Raises:
+        OperationsError: there is no such device here.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if name == "auto":
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    else:
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise OperationsError(
+                f"device = {name!r} is unknown.", fix="Use cpu, cuda, cuda:1 or auto."
+            ) from None
+    if device.type == "cpu":
+        _keep_freed_memory()
+    if device.type not in ("cpu", "cuda"):
+        raise OperationsError(f"device = {name!r}: surefoot runs on cpu and cuda.")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise OperationsError(
+                f"device = {name!r}: torch sees {torch.cuda.device_count()} GPUs.",
+                fix="Use cpu or auto, or install a torch build for this GPU.",
+            )
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.backends.cudnn.benchmark = False
+    return device
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep up to 1 GiB of freed memory instead of returning it to the system after each step,
+    to be faulted in again page by page: a quarter of the time of a small convolutional network
+    (docs/decisions/0009). Where the C library has no such settings, nothing happens.
+    """
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(m_mmap_threshold, 32 << 20)
+    mallopt(m_trim_threshold, 1 << 30)
+    mallopt(m_top_pad, 64 << 20)

@@ -15,6 +15,7 @@ LEVELS = [
     PARTS,
     {"state"},
     {"train_step"},
+    {"keep", "stopping"},
     {"train"},
     {"recipe", "operations", "identity", "model"},
     {"resume", "run"},
@@ -32,7 +33,7 @@ LONGER_FOR_A_REASON = {
     "build.py": "everything that joins a recipe with operations",
     "cli/main.py": "one function per command, mostly signatures",
     "optim/schedules.py": "one small class per schedule",
-    "record/log.py": "writer and reader of one format",
+    "record/rows.py": "one format: blocks, ring, and checking both",
     "train.py": "the loop",
 }
 

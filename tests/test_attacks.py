@@ -18,7 +18,7 @@ from test_cli import GOOD, listing, write
 from torch import nn
 
 import surefoot as sf
-from surefoot.record.log import read_newest
+from surefoot.record.rows import read_newest
 
 
 def assert_continues_to_the_bit(tmp_path, **changes):
@@ -92,7 +92,8 @@ def test_weights_that_are_not_finite_are_never_called_finished(tmp_path):
                 outcome.model[0].weight.fill_(torch.nan)
     view = sf.open_run(tmp_path / "run")
     assert view.status == "diverged"
-    assert view.checkpoints() == []
+    (kept,) = view.checkpoints()  # for whoever wants to look at it, never to go on from
+    assert kept.manifest()["poisoned"]
 
 
 class LateNorm(nn.Module):
@@ -354,11 +355,11 @@ def test_one_damaged_run_does_not_hide_the_others(tmp_path):
     file = write(tmp_path)
     assert surefoot("train", file, "--out", tmp_path / "runs/good").returncode == 0
     (tmp_path / "runs/bad").mkdir()
-    (tmp_path / "runs/bad/run.json").write_text('{"schema": 1}')
+    (tmp_path / "runs/bad/run.json").write_text('{"schema": 2}')
     listed = surefoot("runs", tmp_path / "runs")
     assert listed.returncode == 0
     assert "finished" in listed.stdout
-    assert "is damaged" in listed.stderr
+    assert "was altered or is torn" in listed.stderr
 
 
 def test_steps_count_from_zero(fit):

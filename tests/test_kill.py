@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, recipe, surefoot, surefoot_process
 
 import surefoot as sf
-from surefoot.record.log import read_newest
+from surefoot.record.rows import read_newest
 
 EVERYTHING = ROOT / "tests/recipes/everything.py"
 EPOCHS = 5

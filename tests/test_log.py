@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 import surefoot as sf
 from surefoot.record.columns import COLUMNS, lineage
 from surefoot.record.events import Events, event_lineage, read_events
-from surefoot.record.log import RING_ROWS, SEAL_ROWS, StepLog, read_log, read_newest
+from surefoot.record.log import StepLog
+from surefoot.record.rows import RING_ROWS, SEAL_ROWS, read_log, read_newest
 
 
 def row(i):
@@ -146,9 +147,20 @@ def test_a_torn_end_loses_only_its_block(tmp_path, seed):
 
 def test_a_damaged_header_is_an_error_that_says_so(tmp_path):
     file = written(tmp_path)
-    file.write_bytes(b"x" + file.read_bytes()[1:])
+    file.write_bytes(b"something else\n")
     with pytest.raises(sf.StateError, match="not a readable step log"):
         read_log(tmp_path / "steps")
+
+
+def test_a_damaged_column_name_costs_no_row(tmp_path):
+    file = written(tmp_path)
+    before = read_log(tmp_path / "steps").columns
+    file.write_bytes(file.read_bytes().replace(b"grad_norm", b"grad_norm"[::-1], 1))
+    after = read_log(tmp_path / "steps")
+    assert [d[:2] for d in after.damage] == [("rows.bin", 0)]
+    assert all(np.array_equal(before[name], after.columns[name], equal_nan=True) for name in before)
+    StepLog(tmp_path / "steps").close()  # continuing mends it
+    assert read_log(tmp_path / "steps").damage == []
 
 
 def test_a_full_disk_costs_no_row(tmp_path, monkeypatch):
@@ -197,7 +209,7 @@ def test_events_survive_a_torn_line(tmp_path):
     events.close()
     found, broken = read_events(path)
     assert [e["kind"] for e in found] == ["started", "validated", "resumed"]
-    assert broken == [3]
+    assert broken == [(3, len(whole))]
     assert [e["kind"] for e in event_lineage(found)] == ["started", "resumed"]
     for line in whole.splitlines():
         json.loads(line, parse_constant=pytest.fail)  # strict JSON: no NaN

@@ -53,7 +53,7 @@ def test_any_operations_and_any_interruptions_give_the_same_bits(
                 break
     parts = sf.fit(recipe(**BASE), out=folder / "parts", operations=operations)
     assert (parts.digest, parts.ledger) == (whole.digest, whole.ledger)
-    assert len(sf.open_run(folder / "parts").checkpoints()) <= keep_last
+    assert len(sf.open_run(folder / "parts").checkpoints()) <= max(2, keep_last)
 
 
 def test_compiled_equals_eager_to_rounding_and_continues_to_the_bit(tmp_path):

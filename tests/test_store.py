@@ -12,6 +12,7 @@ from torch import nn
 
 import surefoot as sf
 from surefoot.checkpoint.kept import list_checkpoints
+from surefoot.checkpoint.retention import Retention
 from surefoot.checkpoint.store import DirectoryStore, Snapshot
 from surefoot.checkpoint.tensors import flatten, unflatten
 from surefoot.errors import StateError
@@ -37,7 +38,7 @@ def assert_same(a, b):
 
 
 def test_what_is_kept_comes_back(tmp_path):
-    store = DirectoryStore(tmp_path / "c", keep_last=2)
+    store = DirectoryStore(tmp_path / "c", retention=Retention(last=2))
     for step in (5, 10, 15):
         store.save(snapshot(step), step)
     kept = store.checkpoints()
@@ -85,7 +86,7 @@ def test_two_checkpoints_mixed_are_refused(tmp_path):
 @pytest.mark.parametrize("call", ["write", "fsync", "rename", "open"])
 @pytest.mark.parametrize("nth", range(1, 8))
 def test_an_error_in_any_call_leaves_the_old_one(tmp_path, monkeypatch, call, nth):
-    store = DirectoryStore(tmp_path / "c", keep_last=1)
+    store = DirectoryStore(tmp_path / "c", retention=Retention(last=1))
     store.save(snapshot(1), 5)
     real, count = getattr(os, call), [0]
 
@@ -146,7 +147,7 @@ def test_a_newer_format_is_refused_clearly(tmp_path):
     kept = store.save(snapshot(), 5)
     manifest = json.loads((kept.path / "MANIFEST.json").read_text())
     (kept.path / "MANIFEST.json").write_text(json.dumps({**manifest, "schema": 99}))
-    with pytest.raises(StateError, match="has format 99; this version reads 1"):
+    with pytest.raises(StateError, match="has format 99; this version reads 2"):
         store.load(kept)
 
 

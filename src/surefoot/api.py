@@ -25,7 +25,8 @@ EXIT_CODES = {"finished": 0, "stopped_early": 0, "diverged": 3, "budget": 4, "pr
 class Result:
     """How a run stands after `fit`.
 
-    status: ``finished``, ``stopped_early``, ``preempted`` or ``diverged``. step: attempted updates.
+    status: ``finished``, ``stopped_early``, ``preempted``, ``budget`` or ``diverged``. reason: what asked
+    for the stop, if anything did. step: attempted updates.
     metrics: of the last validation. model: with the weights after that step. digest: SHA-256 of them.
     ledger: head of the chain over all applied sample ids. interventions: updates that were refused.
     """
@@ -38,6 +39,7 @@ class Result:
     digest: str
     ledger: str
     interventions: int
+    reason: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -91,4 +93,5 @@ def result(built: Build) -> Result:
         digest=digest(state.model),
         ledger=state.ledger.value,
         interventions=state.num_refused,
+        reason="" if built.run is None else built.run.stop.reason or built.run.stop.budget,
     )

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surefoot.checkpoint.store import DirectoryStore
+from surefoot.checkpoint.retention import Retention
+from surefoot.checkpoint.writer import Writer
 from surefoot.data.feed import Feed
 from surefoot.data.plan import Cadence, Plan
 from surefoot.data.sources import describe_source
@@ -33,11 +34,12 @@ from surefoot.identity import (
     describe_model,
     environment,
 )
+from surefoot.keep import Auto, Keeper
 from surefoot.keys import key
 from surefoot.measure.evaluate import Evaluation
 from surefoot.measure.readings import Readings
 from surefoot.model import make_model, physical_rows
-from surefoot.operations import Operations
+from surefoot.operations import Operations, seconds
 from surefoot.optim.groups import parameter_groups, table
 from surefoot.optim.patience import EarlyStopping, Patience
 from surefoot.optim.precision import Precision
@@ -49,8 +51,10 @@ from surefoot.parallel.single import Single
 from surefoot.protocols import KeyedSource, Objective, Weighing
 from surefoot.recipe import Recipe, Validation
 from surefoot.record.folder import RunFolder
+from surefoot.record.rows import read_log
 from surefoot.resume import begin_or_continue
 from surefoot.state import RunState
+from surefoot.stopping import Budget
 from surefoot.train import Run, first_failure
 from surefoot.train_step import Parts, seed_generators
 from surefoot.types import DurationLike, duration
@@ -118,7 +122,7 @@ def build(
 
     schedule = resolve(recipe.schedule, total, measure)
     validate = cadence(recipe.validation.every, "validation.every") if recipe.validation else None
-    keep_every = duration(operations.checkpoint.every, name="checkpoint.every")
+    keep_every = _keep_every(operations, cadence)
     model = make_model(recipe.model, seed=recipe.seed, device=device)
     identity = _identity(recipe, plan, model, origin)
     parts, state, groups = _assemble(recipe, operations, model, device, plan, schedule)
@@ -135,25 +139,46 @@ def build(
     identity = json.loads(json.dumps(identity))  # what is compared later is what was written
     if fresh:
         folder.move_aside()
-    store = DirectoryStore(folder.checkpoints, keep_last=operations.checkpoint.keep_last)
-    record, ended, notes = begin_or_continue(folder, identity, state, store)
+    opened = begin_or_continue(folder, identity, state, _retention(operations))
+    record, ended, notes = opened.record, opened.ended, opened.notes
     notes += _notes(recipe, operations)
     if record is None:
         return Build(folder, state, None, ended, notes, groups)
-    feed = Feed(recipe.data, plan, recipe.seed, device, operations.data.workers, operations.data.prefetch)
+    feed = Feed(
+        recipe.data,
+        plan,
+        recipe.seed,
+        device,
+        operations.data.workers,
+        operations.data.prefetch,
+        timeout_s=seconds(operations.data.timeout, name="data.timeout"),
+        notice=record.event,
+    )
+    keeper = Keeper(
+        state=state,
+        record=record,
+        writer=Writer(opened.store, before=record.make_durable),
+        certify=opened.store.certify,
+        every=keep_every,
+        total=total,
+        deadline_s=seconds(operations.checkpoint.grace, name="checkpoint.grace"),
+        ballast=folder.ballast,
+        newest=opened.checkpoint,
+    )
+    keeper.prepare_ballast()
     run = Run(
         parts=parts,
         state=state,
         feed=feed,
         schedule=schedule,
         total=total,
-        store=store,
+        keeper=keeper,
         record=record,
         evaluation=evaluation,
         validate=validate,
-        keep_every=float(keep_every.value)
-        if keep_every.unit == "s"
-        else cadence(keep_every, "checkpoint.every"),
+        budget=_budget(operations, folder),
+        price_per_s=operations.budget.price_per_hour / 3600,
+        hang_after_s=seconds(operations.hang_after, name="hang_after"),
         early_stopping_metric=recipe.early_stopping.metric if recipe.early_stopping else "",
         fresh=record.attempt == 1,
         readings=Readings(device),
@@ -209,6 +234,40 @@ def _assemble(
         early_stopping=_patience(recipe.early_stopping),
     )
     return parts, state, groups
+
+
+def _keep_every(
+    operations: Operations, cadence: Callable[[DurationLike, str], Cadence]
+) -> Cadence | float | Auto:
+    kept = operations.checkpoint
+    if kept.every == "auto":
+        return Auto(kept.overhead, seconds(kept.risk, name="checkpoint.risk"))
+    every = duration(kept.every, name="checkpoint.every")
+    return float(every.value) if every.unit == "s" else cadence(every, "checkpoint.every")
+
+
+def _retention(operations: Operations) -> Retention:
+    kept = operations.checkpoint
+    return Retention(
+        last=kept.keep_last,
+        best=kept.keep_best,
+        metric=kept.keep_metric,
+        mode=kept.keep_mode,
+        span_s=None if kept.keep_per is None else seconds(kept.keep_per, name="checkpoint.keep_per"),
+        age_s=None if kept.keep_for is None else seconds(kept.keep_for, name="checkpoint.keep_for"),
+    )
+
+
+def _budget(operations: Operations, folder: RunFolder) -> Budget:
+    limits = operations.budget
+    rows = read_log(folder.steps).columns
+    return Budget(
+        seconds=None if limits.time is None else seconds(limits.time, name="budget.time"),
+        updates=limits.updates,
+        cost=limits.cost,
+        spent_s=float(rows["wall_s"].sum()),
+        spent=float(rows["cost"].sum()),
+    )
 
 
 def _identity(

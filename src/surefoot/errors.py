@@ -14,7 +14,9 @@ A message says what is wrong and where, then why, then what to do, one line each
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
+from typing import Literal
 
 
 class SurefootError(Exception):
@@ -56,6 +58,27 @@ class RunDirectoryError(UsageError):
 
 class StateError(SurefootError):
     """Kept state is missing, torn or altered."""
+
+
+FailureClass = Literal["out_of_memory", "disk", "signal", "user", "state", "unknown"]
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN)
+
+
+def failure_class(error: BaseException) -> FailureClass:
+    """What kind of trouble ended a process; decides whether starting it again can help."""
+    match error:
+        case UsageError():
+            return "user"
+        case StateError():
+            return "state"
+        case KeyboardInterrupt():
+            return "signal"
+        case MemoryError():
+            return "out_of_memory"
+        case OSError() if error.errno in _DISK:
+            return "disk"
+    oom = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return "out_of_memory" if oom else "unknown"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

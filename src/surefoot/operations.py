@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from surefoot.errors import OperationsError, nearest
+from surefoot.errors import OperationsError, RecipeError, nearest
 from surefoot.types import duration
 
 _PREFIX = "SUREFOOT_"
@@ -42,23 +42,93 @@ class DataOperations(_Section):
     """How samples come to the model."""
 
     workers: Count = Field(0, description="processes that fetch from a Dataset; 0: none")
+    timeout: str = Field("10min", description="a worker that takes longer for a batch is replaced")
     prefetch: Positive = Field(2, description="batches each of them keeps ready")
+
+    @field_validator("timeout")
+    @classmethod
+    def _is_time(cls, value: str) -> str:
+        seconds(value, name="data.timeout")
+        return value
 
 
 class CheckpointOperations(_Section):
     """How often the state is kept, and for how long."""
 
-    every: int | str = Field("1min", description='updates, "1ep", "1e6samples", "5%" or "5min"')
-    keep_last: Positive = Field(3, description="checkpoints that stay")
+    every: int | str = Field(
+        "auto", description='updates, "1ep", "1e6samples", "5%", "5min", or auto: by overhead and risk'
+    )
+    overhead: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.02, description="auto: share of the time that checkpoints may take"
+    )
+    risk: str = Field("10min", description="auto: the longest time between two, whatever they cost")
+    grace: str = Field("5min", description="how long a run asked to stop may take to write its state")
+    keep_last: Positive = Field(
+        3, description="newest checkpoints that stay; never fewer than 2 sound ones"
+    )
+    keep_best: Count = Field(0, description="besides, the best by keep_metric")
+    keep_metric: str = Field("loss", description="a validation metric")
+    keep_mode: Literal["min", "max"] = Field("min", description="whether smaller or larger is better")
+    keep_per: str | None = Field(None, description='besides, the first of each such time: "24h"')
+    keep_for: str | None = Field(None, description='nothing older stays: "30d"; pins and the newest do')
 
     @field_validator("every")
     @classmethod
     def _is_duration(cls, value: int | str) -> int | str:
-        try:
-            duration(value, name="checkpoint.every")
-        except Exception as error:
-            raise ValueError(str(error)) from None
+        if value != "auto":
+            _checked(value, "checkpoint.every")
         return value
+
+    @field_validator("risk", "grace", "keep_per", "keep_for")
+    @classmethod
+    def _is_time(cls, value: str | None) -> str | None:
+        if value is not None:
+            seconds(value, name="checkpoint")
+        return value
+
+
+class BudgetOperations(_Section):
+    """Limits of the whole run, all its attempts. Reached, it stops with a checkpoint and exit code 4."""
+
+    time: str | None = Field(None, description='wall time: "2h"')
+    updates: Positive | None = Field(None, description="attempted updates")
+    cost: Annotated[float, Field(gt=0)] | None = Field(None, description="money, at price_per_hour")
+    price_per_hour: Annotated[float, Field(ge=0)] = Field(0.0, description="of this machine")
+
+    @field_validator("time")
+    @classmethod
+    def _is_time(cls, value: str | None) -> str | None:
+        if value is not None:
+            seconds(value, name="budget.time")
+        return value
+
+    @model_validator(mode="after")
+    def _has_price(self) -> BudgetOperations:
+        if self.cost is not None and not self.price_per_hour:
+            raise ValueError("budget.cost needs budget.price_per_hour")
+        return self
+
+
+def _checked(value: int | str, name: str) -> None:
+    try:
+        duration(value, name=name)
+    except Exception as error:
+        raise ValueError(str(error)) from None
+
+
+def seconds(text: str, *, name: str) -> float:
+    """A duration that is a time, in seconds.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        length = duration(text, name=name)
+    except RecipeError as error:
+        raise ValueError(error.what) from None
+    if length.unit != "s":
+        raise ValueError(f'{text!r} is not a time, such as "90s", "5min", "2h" or "30d"')
+    return float(length.value)
 
 
 class Operations(_Section):
@@ -75,6 +145,16 @@ class Operations(_Section):
     compute: Compute = Compute()
     data: DataOperations = DataOperations()
     checkpoint: CheckpointOperations = CheckpointOperations()
+    budget: BudgetOperations = BudgetOperations()
+    hang_after: str = Field(
+        "10min", description="without a step or batch, after which the threads' stacks are written down"
+    )
+
+    @field_validator("hang_after")
+    @classmethod
+    def _is_time(cls, value: str) -> str:
+        seconds(value, name="hang_after")
+        return value
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -2,84 +2,170 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
+from surefoot.checkpoint.kept import Checkpoint
+from surefoot.checkpoint.retention import Retention
 from surefoot.checkpoint.store import DirectoryStore
 from surefoot.errors import RunDirectoryError, StateError
 from surefoot.identity import DECIDES_BITS, differences
-from surefoot.record.events import read_events
+from surefoot.record.events import Event, read_events
 from surefoot.record.folder import RunFolder
+from surefoot.record.lock import Lock
 from surefoot.record.recorder import Recorder
+from surefoot.record.rows import read_log
 from surefoot.state import RunState
 
 TERMINAL = ("finished", "stopped_early", "diverged")
 """Statuses after which a run does not go on."""
 
 
+@dataclass
+class Opened:
+    """A run directory, taken for this process.
+
+    record: None if the run has ended already. ended: its status then. checkpoint: the one that the state
+    was restored from. notes: lines for people.
+    """
+
+    store: DirectoryStore
+    record: Recorder | None = None
+    ended: str = ""
+    checkpoint: Checkpoint | None = None
+    notes: list[str] = field(default_factory=list)
+
+
 def begin_or_continue(
-    folder: RunFolder, identity: dict[str, Any], state: RunState, store: DirectoryStore
-) -> tuple[Recorder | None, str, list[str]]:
-    """Begins or continues the run: its recorder (None if it has ended), status if so, and notes."""
+    folder: RunFolder, identity: dict[str, Any], state: RunState, retention: Retention
+) -> Opened:
+    """Begins or continues the run.
+
+    Raises:
+        RunDirectoryError: the directory holds another run, or another process has it.
+        StateError: state has been kept, but none of it is sound; nothing was changed.
+    """
     lock = folder.lock()
+
+    def store(run: str, fence: int) -> DirectoryStore:
+        return DirectoryStore(
+            folder.checkpoints, retention=retention, run=run, fence=fence, may_write=lock.check
+        )
+
     try:
         if not folder.holds_run():
-            folder.create(identity)
+            run = folder.create(identity)
             record = Recorder(folder, lock, attempt=1)
-            record.event("started", step=0, environment=identity["environment"])
-            return record, "", []
+            record.event("started", step=0, run=run, environment=identity["environment"])
+            return Opened(store(run, 1), record)
         before = folder.identity()
         _same_run(before, identity, folder)
         events, _ = read_events(folder.events_file)
-        notes, checkpoint = _restore(state, store)
-        if not checkpoint and any(e["kind"] == "checkpointed" for e in events):
-            raise StateError(
-                f"{folder.checkpoints} is empty, but the run has kept checkpoints there.",
-                why="Starting anew silently would hide that they are lost.",
-                fix="Restore the folder from a copy, or start anew with --fresh or another --out.",
-            )
-        ended = events[-1].get("status", "") if events and events[-1]["kind"] == "ended" else ""
-        if ended in TERMINAL and (checkpoint or state.step):
-            lock.release()
-            return None, ended, notes
         attempt = 1 + max((e["attempt"] for e in events), default=0)
-        record = Recorder(folder, lock, attempt=attempt)
+        opened = Opened(store(before["id"], attempt))
+        rejected = _restore(state, opened, events, folder)
+        last = events[-1] if events and events[-1]["kind"] == "ended" else {}
+        ended = last.get("status", "")
+        if ended == "diverged" or (ended in TERMINAL and state.step == last["step"]):
+            opened.ended = ended
+            lock.release()
+            return opened
+        opened.record = Recorder(folder, lock, attempt=attempt)
     except BaseException:
         lock.release()
         raise
-    for line in notes:
-        record.event("checkpoint_rejected", step=state.step, reason=line)
     now, then = identity["environment"], before["environment"]
     changed = {k: [then.get(k), now[k]] for k in DECIDES_BITS if then.get(k) != now[k]}
-    record.event("resumed", step=state.step, checkpoint=checkpoint, environment_changed=changed)
-    where = f"from checkpoint {checkpoint}" if checkpoint else "no checkpoint was completed before"
-    notes.append(f"continues at step {state.step} ({where}), attempt {attempt}")
-    if changed:
-        what = ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items())
-        notes.append(f"the environment changed ({what}): equal to rounding, not to the bit")
-    return record, "", notes
+    _tell(opened, rejected, changed, state, folder, lock)
+    return opened
 
 
-def _restore(state: RunState, store: DirectoryStore) -> tuple[list[str], str]:
-    """Restores the newest sound checkpoint: why others were rejected, and its name ('' if none).
+def _restore(
+    state: RunState, opened: Opened, events: list[Event], folder: RunFolder
+) -> list[tuple[Checkpoint, str]]:
+    """Restores the newest sound checkpoint; those that were rejected, and why.
 
     Raises:
-        StateError: there are checkpoints, but none is sound.
+        StateError: there are or were checkpoints, but none is sound.
     """
-    rejected: list[str] = []
-    for checkpoint in reversed(store.checkpoints()):
+    kept = opened.store.checkpoints()
+    rejected: list[tuple[Checkpoint, str]] = []
+    for checkpoint in reversed(kept):
         try:
-            state.restore(store.load(checkpoint))
+            _not_fenced(checkpoint, kept)
+            state.restore(opened.store.load(checkpoint))
         except StateError as error:
-            rejected.append(f"checkpoint {checkpoint.path.name} rejected: {error.what}")
+            rejected.append((checkpoint, error.what))
             continue
-        return rejected, checkpoint.path.name
+        opened.checkpoint = checkpoint
+        return rejected
     if rejected:
+        lines = [f"checkpoint {c.path.name} rejected: {why}" for c, why in rejected]
         raise StateError(
-            "the run has checkpoints, but none is sound.\n  " + "\n  ".join(rejected),
+            "the run has checkpoints, but none is sound.\n  " + "\n  ".join(lines),
             why="Starting anew silently would throw the run away.",
             fix="Restore the folder from a copy, or start anew with another --out.",
         )
-    return [], ""
+    if any(e["kind"] == "checkpointed" for e in events):
+        raise StateError(
+            f"{folder.checkpoints} is empty, but the run has kept checkpoints there.",
+            why="Starting anew silently would hide that they are lost.",
+            fix="Restore the folder from a copy, or start anew with --fresh or another --out.",
+        )
+    if not events and len(read_log(folder.steps).columns["step"]):
+        raise StateError(
+            f"{folder.events_file} is missing or damaged, and there is no checkpoint.",
+            why="The run has taken steps; whether their state was kept cannot be told.",
+            fix="Restore the folder from a copy, or start anew with --fresh or another --out.",
+        )
+    return []
+
+
+def _not_fenced(checkpoint: Checkpoint, kept: list[Checkpoint]) -> None:
+    """Refuses what a process wrote after another had taken the run over: its fencing number is below that
+    of an older checkpoint.
+    """
+    fence = checkpoint.manifest().get("fence", 0)
+    for older in kept:
+        if older.seq >= checkpoint.seq:
+            return
+        try:
+            above = older.manifest().get("fence", 0) > fence
+        except StateError:
+            continue
+        if above:
+            raise StateError(f"{checkpoint.path} was written by a process that had lost the run.")
+
+
+def _tell(
+    opened: Opened,
+    rejected: list[tuple[Checkpoint, str]],
+    changed: dict[str, list[Any]],
+    state: RunState,
+    folder: RunFolder,
+    lock: Lock,
+) -> None:
+    """What was found, as events and notes; moves what was rejected into quarantine."""
+    assert opened.record is not None
+    record, checkpoint = opened.record, opened.checkpoint
+    for bad, why in rejected:
+        reason = f"checkpoint {bad.path.name} rejected: {why}"
+        if "is poisoned" not in why:
+            opened.store.quarantine(bad, folder.quarantine)
+            reason += f" Moved to {folder.quarantine.name}/."
+        record.event("checkpoint_rejected", step=state.step, reason=reason)
+        opened.notes.append(reason)
+    name = checkpoint.path.name if checkpoint else ""
+    record.event("resumed", step=state.step, checkpoint=name, environment_changed=changed)
+    where = f"from checkpoint {name}" if name else "no checkpoint was completed before"
+    opened.notes.append(f"continues at step {state.step} ({where}), attempt {record.attempt}")
+    if lock.took_over:
+        note = f"taken over from process {lock.took_over}, which had not moved for a while"
+        record.event("took_over", step=state.step, owner=lock.took_over)
+        opened.notes.append(note + "; if it wakes up it can no longer write")
+    if changed:
+        what = ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items())
+        opened.notes.append(f"the environment changed ({what}): equal to rounding, not to the bit")
 
 
 def _same_run(before: dict[str, Any], now: dict[str, Any], folder: RunFolder) -> None:

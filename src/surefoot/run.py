@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,14 +14,15 @@ from surefoot.record.columns import Columns, lineage
 from surefoot.record.events import Event, event_lineage, read_events
 from surefoot.record.folder import RunFolder
 from surefoot.record.ledger import Ledger
-from surefoot.record.log import read_log
+from surefoot.record.rows import check_log, read_log
 
 
 class Finding(NamedTuple):
-    """Something in a run directory that is not as it was written."""
+    """Something in a run directory that is not as it was written. offset: byte in `file`, if known."""
 
     file: str
     what: str
+    offset: int | None = None
 
 
 class RunView:
@@ -56,8 +58,13 @@ class RunView:
         Args:
             all_rows: also rows of steps that were repeated after a restart, in the order written.
         """
-        columns = read_log(self._folder.steps).columns
-        return columns if all_rows else lineage(columns)
+        return self._rows() if all_rows else lineage(self._rows())
+
+    def _rows(self) -> Columns:
+        try:
+            return read_log(self._folder.steps).columns
+        except StateError:  # verify tells
+            return read_log(self._folder.steps / "none").columns
 
     def events(self, *, all_events: bool = False) -> list[Event]:
         """Rare facts in order: dicts with ``kind``, ``time``, ``attempt`` and what the kind has.
@@ -82,7 +89,7 @@ class RunView:
     def _status(self, events: list[Event]) -> str:
         if self._folder.is_running():
             return "running"
-        last = events[-1] if events else {}
+        last = next((e for e in reversed(events) if e["kind"] != "hang"), {})
         return str(last["status"]) if last.get("kind") == "ended" else "failed"
 
     def summary(self) -> dict[str, Any]:
@@ -102,7 +109,9 @@ class RunView:
             if event["kind"] == "validated":
                 metrics |= {name: float(value) for name, value in event["metrics"].items()}
         kept = self.checkpoints()
-        facts = kept[-1].facts() if kept else {}
+        facts = _facts(kept[-1]) if kept else {}
+        everything_logged = self.log(all_rows=True)
+        cost = float(everything_logged["cost"].sum())
         epochs = self.plan.epochs(step)
         ended = next((e for e in reversed(everything) if e["kind"] == "ended"), {})
         last_diverged = next((e for e in reversed(events) if e["kind"] == "diverged"), {})
@@ -121,6 +130,10 @@ class RunView:
             "checkpoint_step": kept[-1].step if kept else None,
             "attempts": max((e["attempt"] for e in everything), default=0),
             "train_s": round(float(log["step_s"].sum()), 3),
+            "wall_s": round(float(everything_logged["wall_s"].sum()), 3),
+            "cost": cost,
+            "cost_per_step": cost / step if step else 0.0,
+            "cost_per_epoch": cost / float(epochs) if step else 0.0,
             "lr": float(log["lr"][-1]) if step else None,
         }
 
@@ -129,24 +142,28 @@ class RunView:
 
         Returns what is not as it was written; nothing, if all is well.
         """
-        findings: list[Finding] = []
-        try:
-            log = read_log(self._folder.steps)
-        except StateError as error:
-            return [Finding("steps/rows.bin", error.what)]
-        for offset, reason in log.damage:
-            findings.append(Finding("steps/rows.bin", f"{reason} at byte {offset}"))
-        _, broken = read_events(self._folder.events_file)
-        findings += [Finding("events.jsonl", f"line {number} is not whole") for number in broken]
+        events, broken = read_events(self._folder.events_file)
+        live = self._folder.is_running()
+        ended = bool(events) and events[-1]["kind"] == "ended"
+        findings = [
+            Finding(os.path.normpath(f"steps/{file}"), f"{what} at byte {offset}", offset)
+            for file, offset, what in check_log(
+                self._folder.steps, live=live, ended=ended, num_events=len(events) + len(broken)
+            )
+        ]
+        for number, offset in broken:
+            what = f"line {number} is not whole or not in its place, at byte {offset}"
+            findings.append(Finding("events.jsonl", what, offset))
+        log = lineage(self._rows())
         for checkpoint in self.checkpoints():
             name = f"checkpoints/{checkpoint.path.name}"
             try:
-                checkpoint.verify()
+                checkpoint.verify(self.identity["id"])
                 kept = checkpoint.facts()["ledger"]
             except StateError as error:
                 findings.append(Finding(name, error.what))
                 continue
-            told = self._ledger_at(checkpoint.step, lineage(log.columns))
+            told = self._ledger_at(checkpoint.step, log)
             if told != kept:
                 what = f"the ledger is {kept[:12]}..., but plan and log give {told and told[:12]}..."
                 findings.append(Finding(name, what))
@@ -162,6 +179,13 @@ class RunView:
             if permitted[t]:
                 ledger.extend(t, self.plan.ids(t))
         return ledger.value
+
+
+def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    try:
+        return checkpoint.facts()
+    except StateError:
+        return {}
 
 
 def open_run(path: str | Path) -> RunView:

@@ -6,6 +6,8 @@ numbers.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -64,7 +66,7 @@ class RunState:
     )
 
     def snapshot(self) -> Snapshot:
-        """The whole state. Tensors are not copied: write it before the next step."""
+        """The whole state. Tensors are not copied: copy or write it before the next step."""
         model: dict[str, Tensor] = {}
         aliases: dict[str, str] = {}
         extra: dict[str, Any] = {}
@@ -80,14 +82,12 @@ class RunState:
                 continue
             seen[place] = name
             model[name] = value
-        named = {**model, **{alias: model[name] for alias, name in aliases.items()}}
-        for name, value in self.buffers.transient(named).items():
+        for name, value in self.buffers.transient([*model, *aliases]).items():
             beside[f"{_TRANSIENT}{name}"] = value
         optimizer: dict[str, Tensor] = {}
         facts = {
             "counters": {name: getattr(self, name) for name in self.COUNTERS},
             "ledger": self.ledger.value,
-            "digest": digest(named),
             "aliases": aliases,
             "extra": extra,
             "optimizer": flatten(self._optimizer_state(), "", optimizer),
@@ -95,7 +95,32 @@ class RunState:
                 name: part.state_dict() for name, part in self._stateful().items() if part is not None
             },
         }
-        return Snapshot({**model, **beside}, optimizer, facts)
+        trained = {
+            name for name, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad
+        }
+        changing = trained | set(self.buffers.changing)
+        names = set(model)
+
+        def more(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+            own = {name: tensors[name] for name in names}
+            return {"digest": digest({**own, **{alias: own[name] for alias, name in aliases.items()}})}
+
+        return Snapshot(
+            {**{n: t for n, t in model.items() if n in changing}, **beside},
+            optimizer,
+            json.loads(json.dumps(facts)),  # counters and metrics go on changing
+            frozen={n: t for n, t in model.items() if n not in changing},
+            finite=frozenset(trained),
+            metrics=dict(self.metrics),
+            more=more,
+        )
+
+    def num_bytes(self) -> int:
+        """Of all tensors in it."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        for slots in self.optimizer.state.values():
+            tensors += [value for value in slots.values() if isinstance(value, Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Puts a state back, by the names of parameters.
@@ -103,7 +128,7 @@ class RunState:
         Raises:
             StateError: the state is of another model or optimizer.
         """
-        facts, kept = snapshot.facts, snapshot.model
+        facts, kept = snapshot.facts, {**snapshot.frozen, **snapshot.model}
         extra = {name: unflatten(tree, kept) for name, tree in facts["extra"].items()}
         tensors = {n: t for n, t in kept.items() if not n.startswith((_EXTRA, _TRANSIENT))}
         tensors |= {alias: tensors[name] for alias, name in facts["aliases"].items()}

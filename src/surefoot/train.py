@@ -7,57 +7,39 @@ goes to the record, and every so often the model is validated and the state kept
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
-from surefoot.checkpoint.store import DirectoryStore
 from surefoot.data.feed import Feed
 from surefoot.data.plan import Cadence
-from surefoot.errors import RecipeError, SurefootError
+from surefoot.errors import RecipeError, StateError, SurefootError, failure_class
 from surefoot.guard.guard import Stop
+from surefoot.guard.hang import HangWatch
+from surefoot.keep import Keeper
 from surefoot.measure.evaluate import Evaluation
 from surefoot.measure.readings import Readings
 from surefoot.optim.schedules import Resolved
 from surefoot.record.recorder import Recorder
 from surefoot.state import RunState
+from surefoot.stopping import Budget, NoLongerWaiting, StopRequest, signals_ask
 from surefoot.train_step import Attempt, Parts, train_step
 from surefoot.types import Minibatch, Outcome, Slots
-
-
-class _NotWaiting(BaseException):
-    """Raised by a signal out of the wait for a batch, where the state is whole."""
-
-
-@dataclass
-class StopRequest:
-    """Whether somebody asked for a stop at the next step boundary, and who. waiting: the loop waits for
-    a batch, which may take long and changes nothing, so that a signal may end the wait.
-    """
-
-    reason: str = ""
-    waiting: bool = False
-
-    def __call__(self) -> bool:
-        """Whether."""
-        return bool(self.reason)
 
 
 @dataclass
 class Run:
     """A run, ready to go on: what `build` joins from a recipe and operations.
 
-    total: updates in the whole run. validate: when, besides at its end. keep_every: updates, or
-    seconds, between checkpoints. fresh: nothing of it was kept before.
+    total: updates in the whole run. validate: when, besides at its end. fresh: nothing of it was kept
+    before. price_per_s: of a second of this machine, or 0. hang_after_s: without a step or a batch of
+    validation, after which the threads' stacks are written down.
     """
 
     parts: Parts
@@ -65,11 +47,13 @@ class Run:
     feed: Feed
     schedule: Resolved
     total: int
-    store: DirectoryStore
+    keeper: Keeper
     record: Recorder
     evaluation: Evaluation | None
     validate: Cadence | None
-    keep_every: Cadence | float
+    budget: Budget
+    price_per_s: float
+    hang_after_s: float
     early_stopping_metric: str
     fresh: bool
     readings: Readings[_Label]
@@ -87,6 +71,7 @@ class _Label:
     num_micro: int
     data_wait_s: float
     step_s: float
+    wall_s: float
 
 
 def steps(run: Run) -> Iterator[Outcome]:
@@ -96,7 +81,7 @@ def steps(run: Run) -> Iterator[Outcome]:
     iterating, keeps the state; an error leaves the last checkpoint as it is.
     """
     try:
-        with _signals(run.stop):
+        with signals_ask(run.stop), _watched(run):
             run.status = yield from _attempt(run)
             _end(run)
     except GeneratorExit:
@@ -139,15 +124,21 @@ def _attempt(run: Run) -> Generator[Outcome, None, str]:
 def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None, str]:
     state, parts, record = run.state, run.parts, run.record
     next_validation = run.validate.after(state.step) if run.validate else run.total + 1
-    keep_due = _keeper(run)
-    boundary = time.perf_counter()
+    keeper = run.keeper
+    begun = row_before = boundary = time.perf_counter()
     while state.step < run.total and not state.stopped_early:
         if parts.strategy.agree(run.stop()):
             return "preempted"
+        wall_s = time.perf_counter() - begun
+        run.stop.budget = run.budget.reached(state.step, wall_s=wall_s, cost=wall_s * run.price_per_s)
+        if run.stop.budget:
+            return "budget"
+        if record.lock.lost:
+            record.lock.check()
         asked = time.perf_counter()
         try:
             batch = _wait_for(batches, run.stop)
-        except (_NotWaiting, RuntimeError):  # or a worker that the same signal ended
+        except (NoLongerWaiting, RuntimeError):  # or a worker that the same signal ended
             if run.stop():
                 return "preempted"
             raise
@@ -161,8 +152,10 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
         now = time.perf_counter()
         state.elapsed_s += now - boundary
         lr = parts.base_lr[0] * multiplier
-        label = _Label(slots, state.samples, lr, attempt.num_micro, data_wait_s, now - boundary)
-        boundary = now
+        label = _Label(
+            slots, state.samples, lr, attempt.num_micro, data_wait_s, now - boundary, now - row_before
+        )  # fmt: skip
+        boundary = row_before = now
         verdict = _settle(run, label, attempt)
         outcome = Outcome(
             slots.step, slots.epoch, state.samples, lr, attempt.loss, attempt.grad_norm,
@@ -179,7 +172,8 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
         yield outcome
         if _validation_due(run):
             return "preempted"  # a stop was asked for while validating
-        if keep_due(state.step):
+        keeper.look()
+        if keeper.due():
             if not keep(run):
                 return "diverged"
             boundary = time.perf_counter()
@@ -208,7 +202,7 @@ def _settle(run: Run, label: _Label | None, attempt: Attempt | None) -> Stop | N
         run.record.row((
             slots.step, run.record.attempt, slots.epoch, row.samples, slots.num_samples,
             row.num_micro, int(permitted), row.lr, loss, grad_norm, ratio, scale_used,
-            row.data_wait_s, row.step_s, time.time(),
+            row.data_wait_s, row.step_s, row.wall_s, row.wall_s * run.price_per_s, time.time(),
         ))  # fmt: skip
         if permitted:
             state.ledger.extend(slots.step, slots.ids)
@@ -264,94 +258,90 @@ def _validate(run: Run) -> dict[str, float] | None:
     return metrics
 
 
-def _keeper(run: Run) -> Callable[[int], bool]:
-    """Tells after each step whether a checkpoint is due, by steps or by the clock."""
-    every = run.keep_every
-    if isinstance(every, Cadence):
-        due = every.after(run.state.step)
-
-        def by_step(step: int) -> bool:
-            nonlocal due
-            if step < due:
-                return False
-            due = every.after(step)
-            return step < run.total
-
-        return by_step
-
-    last = time.monotonic()
-
-    def by_clock(step: int) -> bool:
-        nonlocal last
-        if time.monotonic() - last < every:
-            return False
-        last = time.monotonic()
-        return step < run.total
-
-    return by_clock
-
-
 def keep(run: Run) -> bool:
-    """Keeps the state in the store, and makes the log up to it durable first. Weights that are not
-    finite are not worth keeping: whether they were kept.
+    """Has the state kept, in the background. Weights that are not finite end the run: whether it can go
+    on. (They are kept at its end, for whoever wants to look at them.)
     """
-    begun = time.perf_counter()
     _settle(run, None, None)
-    run.record.sync()
-    if not run.parts.updater.finite():
-        reason = "the weights are not finite: an update overflowed, or the caller changed them"
-        run.record.event("diverged", step=run.state.step, reason=reason)
+    if not _finite(run):
         return False
-    checkpoint = run.store.save(run.state.snapshot(), run.state.step)
-    run.record.event(
-        "checkpointed",
-        step=run.state.step,
-        name=checkpoint.path.name,
-        seconds=round(time.perf_counter() - begun, 6),
-    )
+    run.keeper.keep()
     return True
 
 
+def _finite(run: Run) -> bool:
+    if run.parts.updater.finite():
+        return True
+    reason = "the weights are not finite: an update overflowed, or the caller changed them"
+    run.record.event("diverged", step=run.state.step, reason=reason)
+    return False
+
+
 def _end(run: Run, **facts: Any) -> None:
+    """Keeps the last state and closes the record.
+
+    Raises:
+        StateError: the disk does not take it.
+    """
     state = run.state
-    if not keep(run):
+    _settle(run, None, None)
+    kept = run.keeper.finish(hurry=run.status == "preempted")
+    if run.status != "diverged" and not _finite(run):
         run.status = "diverged"
+    reason = run.stop.reason or run.stop.budget
+    if reason and not facts:
+        facts = {"reason": reason}
+    newest = run.keeper.newest
+    if not kept and (run.status != "preempted" or newest is None):
+        run.status = "failed"
+        facts = {"error": "the last state could not be written"}
     run.record.event(
         "ended",
         status=run.status,
         step=state.step,
         samples=state.samples,
         seconds=round(state.elapsed_s, 3),
-        **({"reason": run.stop.reason} if run.stop.reason and not facts else facts),
+        **facts,
     )
-    run.record.close()
+    if kept:
+        run.record.close()
+        return
+    with suppress(OSError):
+        run.record.close()
+    if run.status == "failed":
+        raise StateError(
+            f"{run.record.folder.path}: the state after step {state.step:,} could not be written.",
+            why="The disk did not take it; see checkpoint_failed in events.jsonl. The newest good state is "
+            + ("none." if newest is None else f"that after step {newest.step:,}."),
+            fix="Make room, or mend the disk, and run the same command again.",
+        )
 
 
 def _fail(run: Run, error: BaseException) -> None:
     """Notes an error. The state is not kept: it may be half-way through a step."""
     run.status = "preempted" if isinstance(error, KeyboardInterrupt) else "failed"
     what = f"{type(error).__name__}: {error}"
-    run.record.event("ended", status=run.status, step=run.state.step, error=what)
-    run.record.close()
+    if run.record.lock.lost:
+        return  # the directory is another's
+    run.keeper.writer.drain(run.keeper.deadline_s)
+    run.keeper.look()
+    run.record.event(
+        "ended", status=run.status, step=run.state.step, error=what, failure=failure_class(error)
+    )
+    with suppress(OSError):
+        run.record.close()
 
 
-@contextmanager
-def _signals(stop: StopRequest) -> Iterator[None]:
-    """SIGINT and SIGTERM ask for a stop at the next step boundary; a second SIGINT interrupts."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _watched(run: Run) -> HangWatch:
+    """Watches whether steps, or batches of a validation, go on."""
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and stop():
-            raise KeyboardInterrupt
-        stop.reason = signal.Signals(number).name
-        if stop.waiting:
-            raise _NotWaiting
+    def notice(seconds: float, file: Path) -> None:
+        where = str(file.relative_to(run.record.folder.path))
+        run.record.event("hang", step=run.state.step, seconds=round(seconds, 1), stacks=where)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return HangWatch(
+        run.record.folder.incidents,
+        after_s=run.hang_after_s,
+        progress=lambda: (run.state.step, run.stop.num_asked),
+        notice=notice,
+    )

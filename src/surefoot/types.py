@@ -88,6 +88,7 @@ _UNITS: dict[str, tuple[Unit, int]] = {
     "s": ("s", 1),
     "min": ("s", 60),
     "h": ("s", 3600),
+    "d": ("s", 86400),
 }
 
 
@@ -114,7 +115,7 @@ def duration(text: DurationLike, *, name: str = "duration") -> Duration:
     """
     if isinstance(text, Duration):
         return text
-    match = re.fullmatch(r"\s*([0-9.eE+]+)\s*(ep|%|samples|s|min|h|)\s*", str(text))
+    match = re.fullmatch(r"\s*([0-9.eE+]+)\s*(ep|%|samples|s|min|h|d|)\s*", str(text))
     try:
         if match is None or isinstance(text, bool):
             raise InvalidOperation

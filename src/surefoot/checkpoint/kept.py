@@ -3,22 +3,30 @@
 ::
 
     checkpoints/<seq>-<step>/
-        model.safetensors optimizer.safetensors state.json
+        model.safetensors     what training changes
+        frozen.safetensors    what it does not, if anything; one file for all checkpoints, by hard links
+        optimizer.safetensors
+        state.json
         MANIFEST.json         size and SHA-256 of each file, and of the manifest itself
+    checkpoints/<seq>-<step>.pin        made by you: this one stays
+    checkpoints/<seq>-<step>.certified  made by the run: enough healthy updates followed
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from surefoot.checkpoint.files import file_hash, read_json, to_json
+from surefoot.checkpoint.retention import Kept
 from surefoot.errors import StateError
 
-SCHEMA = 1
+SCHEMA = 2
+_READS = (1, 2)
 _NAME = re.compile(r"(\d{6,})-(\d{9,})")
 
 
@@ -30,31 +38,54 @@ class Checkpoint:
     step: int
     path: Path
 
-    def verify(self) -> None:
+    def manifest(self) -> dict[str, Any]:
+        """Its manifest, checked against its own hash; files are not read.
+
+        Raises:
+            StateError: it is missing, altered, of another checkpoint, or of a newer format.
+        """
+        file = self.path / "MANIFEST.json"
+        try:
+            data = file.read_bytes()
+            manifest = json.loads(data)
+        except (OSError, ValueError) as error:
+            raise StateError(f"{file} cannot be read: {error}") from error
+        if not isinstance(manifest, dict) or "self" not in manifest:
+            raise StateError(f"{file} is not a manifest.")
+        if manifest.get("schema") not in _READS:
+            raise StateError(
+                f"{self.path} has format {manifest.get('schema')}; this version reads {max(_READS)}.",
+                fix="Use the version of surefoot that wrote it.",
+            )
+        signed = manifest.pop("self")
+        whole = data == to_json({**manifest, "self": signed})
+        if not whole or hashlib.sha256(to_json(manifest)).hexdigest() != signed:
+            raise StateError(f"{file} was altered.")
+        if (manifest["seq"], manifest["step"]) != (self.seq, self.step):
+            raise StateError(f"{self.path} holds the manifest of another checkpoint.")
+        return manifest
+
+    def verify(self, run: str | None = None) -> None:
         """Checks every byte.
+
+        Args:
+            run: the id of the run it must belong to, if that is known.
 
         Raises:
             StateError: naming the first file that is missing, torn or altered.
         """
-        manifest = read_json(self.path / "MANIFEST.json")
-        if not isinstance(manifest, dict) or "self" not in manifest:
-            raise StateError(f"{self.path / 'MANIFEST.json'} is not a manifest.")
-        if manifest.get("schema") != SCHEMA:
-            raise StateError(
-                f"{self.path} has format {manifest.get('schema')}; this version reads {SCHEMA}.",
-                fix="Use the version of surefoot that wrote it.",
-            )
-        signed = manifest.pop("self")
-        if hashlib.sha256(to_json(manifest)).hexdigest() != signed:
-            raise StateError(f"{self.path / 'MANIFEST.json'} was altered.")
-        if (manifest["seq"], manifest["step"]) != (self.seq, self.step):
-            raise StateError(f"{self.path} holds the manifest of another checkpoint.")
+        manifest = self.manifest()
+        if run is not None and manifest.get("run", run) != run:
+            raise StateError(f"{self.path} belongs to another run.")
         present = {p.name for p in self.path.iterdir()} - {"MANIFEST.json"}
         if present != set(manifest["files"]):
             odd = sorted(present ^ set(manifest["files"]))
             raise StateError(f"{self.path}: missing or foreign files: {', '.join(odd)}.")
         for name, entry in manifest["files"].items():
-            size, sha = file_hash(self.path / name)
+            try:
+                size, sha = file_hash(self.path / name)
+            except OSError as error:
+                raise StateError(f"{self.path / name} cannot be read: {error}") from error
             if size != entry["bytes"] or sha != entry["sha256"]:
                 raise StateError(
                     f"{self.path / name}: {size} bytes with SHA-256 {sha[:12]}...; the manifest "
@@ -67,6 +98,27 @@ class Checkpoint:
         if not isinstance(facts, dict):
             raise StateError(f"{self.path / 'state.json'} is not a state.")
         return facts
+
+    def mark(self, kind: str) -> Path:
+        """Where a mark of it lies: ``pin`` or ``certified``."""
+        return self.path.with_name(f"{self.path.name}.{kind}")
+
+    def kept(self, *, verified: bool) -> Kept:
+        """What retention looks at; of a manifest that cannot be read, what its name says."""
+        try:
+            manifest = self.manifest()
+        except StateError:
+            manifest, verified = {}, False
+        return Kept(
+            self.seq,
+            self.step,
+            time_s=float(manifest.get("time", 0.0)),
+            metrics=manifest.get("metrics", {}),
+            verified=verified,
+            certified=self.mark("certified").exists(),
+            pinned=self.mark("pin").exists(),
+            poisoned=bool(manifest.get("poisoned")),
+        )
 
 
 def list_checkpoints(path: Path) -> list[Checkpoint]:

@@ -8,27 +8,57 @@ every file against the manifest before any of it is used.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from surefoot.checkpoint.files import sync_directory, to_json, write_durably
+from surefoot.checkpoint.files import file_hash, rename_new, sync_directory, to_json, write_durably
 from surefoot.checkpoint.kept import SCHEMA, Checkpoint, list_checkpoints
+from surefoot.checkpoint.retention import Retention, expendable
 from surefoot.checkpoint.tensors import load_tensors, safetensors_chunks
+from surefoot.errors import StateError
+
+
+def _nothing_more(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A whole state: tensors by name, and everything else as JSON."""
+    """A whole state: tensors by name, and everything else as JSON.
+
+    frozen: tensors that training does not change. finite: names in `model` whose numbers must be finite.
+    metrics: of the newest validation. more: computes facts from `model` and `frozen` once they can no
+    longer change: what takes time, such as a digest.
+    """
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     facts: dict[str, Any]
+    frozen: dict[str, Tensor] = field(default_factory=dict)
+    finite: frozenset[str] = frozenset()
+    metrics: dict[str, float] = field(default_factory=dict)
+    more: Callable[[Mapping[str, Tensor]], dict[str, Any]] = _nothing_more
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All, under names that no two share."""
+        for part in ("model", "frozen", "optimizer"):
+            for name, tensor in getattr(self, part).items():
+                yield f"{part}:{name}", tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(t.numel() * t.element_size() for _, t in self.tensors())
 
 
 class DirectoryStore:
@@ -36,36 +66,64 @@ class DirectoryStore:
 
     Args:
         path: the directory; made when the first checkpoint is written.
-        keep_last: how many of the newest stay.
+        retention: what stays.
+        run: id of the run, written into each checkpoint and checked when one is read.
+        fence: number of this writer; a checkpoint is committed only while `may_write` says so.
+        may_write: raises if the directory is no longer this writer's.
     """
 
-    def __init__(self, path: Path, *, keep_last: int = 3) -> None:
-        self.path, self._keep_last = path, keep_last
+    def __init__(
+        self,
+        path: Path,
+        *,
+        retention: Retention | None = None,
+        run: str | None = None,
+        fence: int = 0,
+        may_write: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.path, self._retention = path, retention or Retention()
+        self._run, self._fence, self._may_write = run, fence, may_write
+        self._verified: set[int] = set()
 
     def save(self, snapshot: Snapshot, step: int) -> Checkpoint:
-        """Keeps a state and then lets go of the oldest ones; returns when it is durable."""
+        """Keeps a state and then lets go of what retention does not keep; returns when it is durable.
+
+        Raises:
+            OSError: it could not be written; nothing of it is left.
+        """
         self.path.mkdir(exist_ok=True)
         self._sweep()
-        seq = 1 + max((c.seq for c in self.checkpoints()), default=0)
+        before = self.checkpoints()
+        seq = 1 + max((c.seq for c in before), default=0)
         name = f"{seq:06d}-{step:09d}"
         temporary, final = self.path / f".tmp-{name}", self.path / name
         temporary.mkdir()
         try:
-            chunks = {
-                "model.safetensors": safetensors_chunks(snapshot.model),
-                "optimizer.safetensors": safetensors_chunks(snapshot.optimizer),
-                "state.json": iter([to_json(snapshot.facts)]),
-            }
-            files = {file: write_durably(temporary / file, part) for file, part in chunks.items()}
-            manifest: dict[str, Any] = {"schema": SCHEMA, "seq": seq, "step": step, "files": files}
+            facts = {**snapshot.facts, **snapshot.more({**snapshot.frozen, **snapshot.model})}
+            files = {}
+            if snapshot.frozen:
+                files["frozen.safetensors"] = self._frozen(temporary, snapshot.frozen, before)
+            for file, part in (
+                ("model.safetensors", safetensors_chunks(snapshot.model)),
+                ("optimizer.safetensors", safetensors_chunks(snapshot.optimizer)),
+                ("state.json", iter([to_json(facts)])),
+            ):
+                files[file] = write_durably(temporary / file, part)
+            manifest: dict[str, Any] = {
+                "schema": SCHEMA, "run": self._run, "fence": self._fence, "seq": seq, "step": step,
+                "time": round(time.time(), 3), "metrics": snapshot.metrics,
+                "poisoned": not _finite(snapshot), "files": files,
+            }  # fmt: skip
             manifest["self"] = hashlib.sha256(to_json(manifest)).hexdigest()
             write_durably(temporary / "MANIFEST.json", [to_json(manifest)])
             sync_directory(temporary)
-            os.rename(temporary, final)  # fails if `final` exists: directories are not replaced
+            self._may_write()
+            rename_new(temporary, final)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         sync_directory(self.path)
+        self._verified.add(seq)
         self._retain()
         return Checkpoint(seq, step, final)
 
@@ -77,23 +135,90 @@ class DirectoryStore:
         """The state of a checkpoint, verified first.
 
         Raises:
-            StateError: any byte differs from what was written.
+            StateError: any byte differs from what was written, or its numbers are not finite.
         """
-        checkpoint.verify()
+        checkpoint.verify(self._run)
+        if checkpoint.manifest().get("poisoned"):
+            raise StateError(f"{checkpoint.path} is poisoned: it holds numbers that are not finite.")
+        frozen = checkpoint.path / "frozen.safetensors"
+        self._verified.add(checkpoint.seq)
         return Snapshot(
             load_tensors(checkpoint.path / "model.safetensors"),
             load_tensors(checkpoint.path / "optimizer.safetensors"),
             checkpoint.facts(),
+            frozen=load_tensors(frozen) if frozen.exists() else {},
         )
 
+    def certify(self, checkpoint: Checkpoint) -> None:
+        """Marks that enough healthy updates followed; retention then never lets the newest such go."""
+        if checkpoint.path.exists():
+            checkpoint.mark("certified").touch()
+
+    def quarantine(self, checkpoint: Checkpoint, where: Path) -> None:
+        """Moves a checkpoint that was rejected out of the way, for whoever wants to look at it."""
+        where.mkdir(exist_ok=True)
+        number, target = 1, where / checkpoint.path.name
+        while target.exists():
+            number += 1
+            target = where / f"{checkpoint.path.name}.{number}"
+        rename_new(checkpoint.path, target)
+        sync_directory(where)
+
+    def _frozen(
+        self, temporary: Path, tensors: Mapping[str, Tensor], before: list[Checkpoint]
+    ) -> dict[str, Any]:
+        """Tensors that training does not change: a link to the newest checkpoint's file, if that holds the
+        same bytes and is sound, else a new file.
+        """
+        sha = hashlib.sha256()
+        for chunk in safetensors_chunks(tensors):
+            sha.update(chunk)
+        name = "frozen.safetensors"
+        for checkpoint in reversed(before[-1:]):
+            try:
+                entry: dict[str, Any] = checkpoint.manifest()["files"].get(name, {})
+                same = entry.get("sha256") == sha.hexdigest()
+                if same and (checkpoint.seq in self._verified or self._reads_as(checkpoint, entry)):
+                    os.link(checkpoint.path / name, temporary / name)
+                    return entry
+            except (StateError, OSError):  # damaged, or a file system without links
+                break
+        return write_durably(temporary / name, safetensors_chunks(tensors))
+
+    def _reads_as(self, checkpoint: Checkpoint, entry: Mapping[str, Any]) -> bool:
+        return file_hash(checkpoint.path / "frozen.safetensors") == (entry["bytes"], entry["sha256"])
+
     def _retain(self) -> None:
-        for checkpoint in self.checkpoints()[: -self._keep_last]:
+        by_seq = {c.seq: c for c in self.checkpoints()}
+        kept = [c.kept(verified=c.seq in self._verified) for c in by_seq.values()]
+        for one in expendable(kept, self._retention, now_s=time.time()):
+            checkpoint = by_seq[one.seq]
             trash = self.path / f".trash-{checkpoint.path.name}"
             os.rename(checkpoint.path, trash)  # so that a kill leaves no half of it under its name
             sync_directory(self.path)
             shutil.rmtree(trash)
+            checkpoint.mark("certified").unlink(missing_ok=True)
 
     def _sweep(self) -> None:
         for entry in self.path.iterdir():
             if entry.name.startswith((".tmp-", ".trash-")):
                 shutil.rmtree(entry)
+
+
+def _finite(snapshot: Snapshot) -> bool:
+    """Whether the numbers that must be finite are: weights, and what the optimizer keeps for each of them.
+    Others may hold what they like: a causal mask is full of -inf, a running maximum begins there.
+    """
+    watched = [t for name, t in snapshot.model.items() if name in snapshot.finite]
+    for tensor in [*watched, *(t for t in snapshot.optimizer.values() if t.ndim)]:
+        plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        if plain.is_floating_point() and plain.numel():
+            least, most = torch.aminmax(plain.detach())
+            if not bool(torch.isfinite(least) & torch.isfinite(most)):
+                return False
+    return True
+
+
+def out_of_space(error: BaseException) -> bool:
+    """Whether a write failed for want of room."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

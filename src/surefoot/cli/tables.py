@@ -51,6 +51,9 @@ def run(summary: Mapping[str, Any], identity: Mapping[str, Any]) -> RenderableTy
     table.add_row("interventions", str(summary["interventions"]))
     table.add_row("attempts", str(summary["attempts"]))
     table.add_row("training time", f"{summary['train_s']:.1f} s")
+    if summary["cost"]:
+        per_step, per_epoch = summary["cost_per_step"], summary["cost_per_epoch"]
+        table.add_row("cost", f"{summary['cost']:.4g} ({per_step:.3g} per step, {per_epoch:.3g} per epoch)")
     kept = summary["checkpoint_step"]
     table.add_row("checkpoint", "none yet" if kept is None else f"at step {kept:,}")
     table.add_row("digest", summary["digest"] or "-")

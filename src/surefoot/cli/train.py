@@ -80,9 +80,13 @@ def _verdict(done: Result, seconds: float | None, out: Console, command: str) ->
         "stopped_early": f"stopped early: no improvement, after {done.step:,} updates{took}",
         "preempted": f"interrupted after {done.step:,} updates; run the same command to continue",
         "diverged": f"diverged after {done.step:,} updates",
+        "budget": f"stopped after {done.step:,} updates: {done.reason}; raise it and run the same command "
+        "again to continue",
     }
     colors = {"finished": "bold green", "stopped_early": "bold green", "diverged": "bold red"}
-    out.print(said.get(done.status, done.status), style=colors.get(done.status, "bold yellow"))
+    out.print(
+        said.get(done.status, done.status), soft_wrap=True, style=colors.get(done.status, "bold yellow")
+    )
     for name, value in done.metrics.items():
         out.print(f"  validation {name}: {value:.5g}")
     if done.interventions:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import signal
-from collections.abc import Generator, Iterable
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -21,6 +23,15 @@ from surefoot.keys import key, words
 from surefoot.protocols import KeyedSource
 from surefoot.types import HOLE, Minibatch, Slots, Tree, leaves, map_leaves
 
+_MOST_REPLACED = 3
+"""Replacements without one batch between them."""
+_LOOKS_S = 1.0
+"""How often whoever waits for a worker looks whether it is alive."""
+
+
+def _unheard(kind: str, **facts: Any) -> None:
+    pass
+
 
 @dataclass(frozen=True)
 class Feed:
@@ -36,6 +47,8 @@ class Feed:
         device: where batches go.
         workers: processes that fetch; 0 fetches in this one. Arrays never need any.
         prefetch: batches that each worker keeps ready.
+        timeout_s: how long a worker may take for a batch before it is replaced.
+        notice: told of workers that were replaced, as an event: kind and facts.
         name: of the source in messages: ``data`` or ``validation``.
     """
 
@@ -45,6 +58,8 @@ class Feed:
     device: torch.device
     workers: int = 0
     prefetch: int = 2
+    timeout_s: float = 600.0
+    notice: Callable[..., None] = _unheard
     name: str = "data"
     _keyed: bool = field(init=False, repr=False)
 
@@ -55,7 +70,31 @@ class Feed:
         """Batches of steps ``start..stop``, in order. Closing it ends the workers."""
         if not (self.workers and self._keyed) or start >= stop:
             return (self.at(step) for step in range(start, stop))
-        loader = DataLoader(
+        return self._from_workers(start, stop)
+
+    def _from_workers(self, start: int, stop: int) -> Generator[Minibatch, None, None]:
+        """Batches fetched by processes. If one of them dies or hangs, all are replaced, and go on with the
+        batch that is missing: what a batch holds depends on its step alone.
+        """
+        step, num_replaced = start, 0
+        while step < stop:
+            workers = _started(self._loader(step, stop))
+            try:
+                while step < stop:
+                    data, trouble = _next(workers, self.timeout_s)
+                    if trouble:
+                        num_replaced += 1
+                        self.notice("worker_replaced", step=step, source=self.name, **trouble)
+                        if num_replaced > _MOST_REPLACED:
+                            raise _given_up(self.name, step, trouble)
+                        break
+                    yield self._minibatch(self.plan.at(step), data)
+                    step, num_replaced = step + 1, 0
+            finally:
+                _end(workers)
+
+    def _loader(self, start: int, stop: int) -> DataLoader[Tree]:
+        return DataLoader(
             _Fetches(self),
             batch_size=None,
             sampler=range(start, stop),
@@ -63,14 +102,10 @@ class Feed:
             prefetch_factor=self.prefetch,
             collate_fn=_as_it_is,
             worker_init_fn=_enter_worker,
+            timeout=_LOOKS_S,
             multiprocessing_context="fork",
             generator=torch.Generator(),  # or it would draw from the global one
         )
-        return self._deliver(range(start, stop), loader)
-
-    def _deliver(self, steps: Iterable[int], fetched: Iterable[Tree]) -> Generator[Minibatch, None, None]:
-        for step, data in zip(steps, fetched, strict=True):
-            yield self._minibatch(self.plan.at(step), data)
 
     def at(self, step: int) -> Minibatch:
         """The batch of one step, fetched in this process."""
@@ -116,6 +151,63 @@ class Feed:
         if self.device.type == "cuda":  # pinned, so that the copy does not wait for the device
             leaf = leaf.pin_memory()
         return leaf.to(self.device, non_blocking=True)
+
+
+def _processes(workers: Any) -> list[Any]:
+    """The processes behind torch's iterator, which has no public name for them."""
+    return list(getattr(workers, "_workers", ()))
+
+
+def _started(loader: DataLoader[Tree]) -> Iterator[Tree]:
+    """The loader's iterator, with its workers running.
+
+    Torch has the death of a worker raise an error in whatever the main thread does at that moment, within
+    an update too. That handler is taken back: whoever waits for the worker notices.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def _next(workers: Iterator[Tree], timeout_s: float) -> tuple[Tree, dict[str, Any]]:
+    """The next rows; or, if none come, which workers died or hang."""
+    begun = time.monotonic()
+    while True:
+        try:
+            return next(workers), {}
+        except RuntimeError as error:
+            known = "exited unexpectedly" in str(error) or "timed out after" in str(error)
+            if not known:  # an error within the dataset
+                raise
+        processes = _processes(workers)
+        dead = {p.pid: p.exitcode for p in processes if p.exitcode is not None}
+        if dead:
+            codes = [dead[pid] for pid in sorted(dead)]
+            return None, {"reason": "died", "workers": sorted(dead), "exit_codes": codes}
+        if time.monotonic() - begun > timeout_s:
+            return None, {"reason": "hung", "workers": [p.pid for p in processes]}
+
+
+def _given_up(name: str, step: int, trouble: dict[str, Any]) -> DataError:
+    return DataError(
+        f"{name}: the workers {trouble['reason']} {_MOST_REPLACED + 1} times over step {step}.",
+        why=f"The last were processes {trouble['workers']}"
+        + (f", which ended with {trouble['exit_codes']}" if "exit_codes" in trouble else "")
+        + "; -9 is mostly the system's way to end what takes too much memory.",
+        fix="Look at the samples of this step (open_run(...).plan.ids(step)) with data.workers=0; or "
+        "give fewer workers, or a longer data.timeout.",
+    )
+
+
+def _end(workers: Any) -> None:
+    """Ends worker processes without waiting for one that hangs."""
+    for process in _processes(workers):
+        if process.exitcode is None:
+            process.kill()
 
 
 class _Fetches(TorchDataset[Tree]):

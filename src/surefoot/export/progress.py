@@ -16,7 +16,7 @@ from rich.text import Text
 from surefoot.errors import SurefootError
 from surefoot.record.events import Event, read_events
 from surefoot.record.folder import RunFolder
-from surefoot.record.log import read_newest
+from surefoot.record.rows import read_newest
 
 _REFRESH_S = 0.25
 _LINES_S = (2, 4, 8, 16, 30)

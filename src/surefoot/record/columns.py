@@ -33,6 +33,8 @@ COLUMNS = (
     Column("loss_scale", "d", "factor on the loss in fp16; 1 otherwise"),
     Column("data_wait_s", "d", "seconds the loop waited for the batch"),
     Column("step_s", "d", "seconds from one row to the next, validation and checkpoints left out"),
+    Column("wall_s", "d", "seconds from one row to the next, all included"),
+    Column("cost", "d", "price of these seconds, as operations state it; 0 if they do not"),
     Column("time_s", "d", "seconds since the epoch of Unix when the row was written"),
 )
 

@@ -1,35 +1,70 @@
-"""Events: rare facts, one JSON object per line, in order."""
+"""Events: rare facts, one JSON object per line, in order.
+
+Each line has a number ``n``, counted from 1, and ends with ``"crc"``: CRC-32 of the text before it.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 Event = dict[str, Any]
+_CRC = ', "crc": "'
 
 
 class Events:
-    """Appends to ``events.jsonl``; a line is written by one system call."""
+    """Appends to ``events.jsonl``; a line is written by one system call.
+
+    A line that the disk does not take waits in memory, and is tried again with the next.
+    """
 
     def __init__(self, path: Path, *, attempt: int) -> None:
+        known, _ = read_events(path)
+        self.num_events = max((event["n"] for event in known), default=0)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._attempt = attempt
+        self._waiting: deque[bytes] = deque()
+        self._lock = threading.Lock()
         size = os.fstat(self._fd).st_size
         if size and os.pread(self._fd, 1, size - 1) != b"\n":
             os.write(self._fd, b"\n")  # the last writer was killed within a line
 
     def add(self, kind: str, **facts: Any) -> None:
-        """Records that something happened now."""
-        event = {"time": round(time.time(), 3), "kind": kind, "attempt": self._attempt}
-        event |= {name: _strict(value) for name, value in facts.items()}
-        os.write(self._fd, (json.dumps(event) + "\n").encode())
+        """Records that something happened now; any thread may."""
+        with self._lock:
+            self.num_events += 1
+            event = {"n": self.num_events, "time": round(time.time(), 3), "kind": kind}
+            event |= {"attempt": self._attempt, **{name: _strict(value) for name, value in facts.items()}}
+            text = json.dumps(event)[:-1]
+            self._waiting.append(f'{text}{_CRC}{crc32(text.encode()):08x}"}}\n'.encode())
+            self._write()
 
-    def sync(self) -> None:
-        """Makes everything durable against a power cut."""
+    def write_waiting(self) -> bool:
+        """Writes what waits; whether the disk took it."""
+        with self._lock:
+            return self._write()
+
+    def _write(self) -> bool:
+        try:
+            while self._waiting:
+                size = os.fstat(self._fd).st_size
+                if os.write(self._fd, self._waiting[0]) < len(self._waiting[0]):
+                    os.ftruncate(self._fd, size)
+                    return False
+                self._waiting.popleft()
+        except OSError:
+            return False
+        return True
+
+    def make_durable(self) -> None:
+        """Makes everything written durable against a power cut; may be called from another thread."""
         os.fsync(self._fd)
 
     def close(self) -> None:
@@ -46,25 +81,40 @@ def _strict(value: Any) -> Any:
     return value
 
 
-def read_events(path: Path) -> tuple[list[Event], list[int]]:
-    """All events, and the numbers (from 1) of lines that are not whole."""
+def read_events(path: Path) -> tuple[list[Event], list[tuple[int, int]]]:
+    """All sound events, and (number from 1, byte offset) of lines that are not whole or not in place."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return [], []
     events: list[Event] = []
-    broken: list[int] = []
+    broken: list[tuple[int, int]] = []
+    offset, expected = 0, 1
     for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            event = json.loads(line)
-            if not {"kind", "attempt"} <= set(event) or not isinstance(event["attempt"], int):
-                raise ValueError
+        event = _event(line)
+        if event is not None:
+            if expected not in (event["n"], 0):  # lines before it are missing, or stand elsewhere
+                broken.append((number, offset))
+            expected = event["n"] + 1
             events.append(event)
-        except (ValueError, TypeError):
-            broken.append(number)
+        elif line or number < len(lines):
+            broken.append((number, offset))
+            expected = 0  # whether it was an event cannot be told
+        offset += len(line) + 1
+    if lines[-1] and not broken:  # the newline at the end is missing
+        broken.append((len(lines), offset - 1))
     return events, broken
+
+
+def _event(line: bytes) -> Event | None:
+    try:
+        text, _, check = line.decode().rpartition(_CRC)
+        if not check.endswith('"}') or f"{crc32(text.encode()):08x}" != check.removesuffix('"}'):
+            return None
+        event: Event = json.loads(text + "}")
+    except ValueError:
+        return None
+    return event
 
 
 def event_lineage(events: list[Event]) -> list[Event]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import json
 import os
+import secrets
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 from surefoot.errors import RunDirectoryError, StateError
+from surefoot.record.lock import Lock, is_held, take
 
-SCHEMA = 1
-_PATIENCE_S = 3.0
-_PARTS = {"origin", "recipe", "data", "plan", "total_updates", "groups", "environment"}
+SCHEMA = 2
 
 
 class RunFolder:
@@ -32,6 +31,10 @@ class RunFolder:
         self.lock_file = self.path / "LOCK"
         self.steps = self.path / "steps"
         self.checkpoints = self.path / "checkpoints"
+        self.quarantine = self.path / "quarantine"
+        self.incidents = self.path / "incidents"
+        self.ballast = self.path / "BALLAST"
+        self._made: list[Path] = []
 
     def holds_run(self) -> bool:
         """Whether a run lies here.
@@ -44,7 +47,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise RunDirectoryError(f"{self.path} is a file.", fix="Give another output folder.")
         leftovers = {p.name for p in self.path.iterdir()} if self.path.is_dir() else set()
-        if leftovers - {"LOCK", ".run.json.tmp"}:
+        if leftovers - {"LOCK", ".run.json.tmp", ".LOCK.tmp"}:
             raise RunDirectoryError(
                 f"{self.path} is not empty and holds no run.",
                 why=f"It holds {', '.join(sorted(leftovers)[:5])}.",
@@ -60,30 +63,37 @@ class RunFolder:
             StateError: it cannot be read, or a newer version wrote it.
         """
         try:
-            identity = json.loads(self.identity_file.read_bytes())
+            data = self.identity_file.read_bytes()
+            identity = json.loads(data)
         except FileNotFoundError:
             raise RunDirectoryError(
                 f"{self.path} holds no run.", fix="Give a folder that has a run.json."
             ) from None
         except (OSError, ValueError) as error:
             raise StateError(f"{self.identity_file} cannot be read: {error}") from error
-        if isinstance(identity, dict) and identity.get("schema") == SCHEMA and not set(identity) >= _PARTS:
-            raise StateError(f"{self.identity_file} is damaged: parts of it are missing.")
         if not isinstance(identity, dict) or identity.get("schema") != SCHEMA:
             raise StateError(
                 f"{self.identity_file} has a format that this version does not read.",
+                why=f"It reads format {SCHEMA}.",
                 fix="Use the version of surefoot that wrote it.",
             )
+        if data != _signed({k: v for k, v in identity.items() if k != "self"}):
+            raise StateError(f"{self.identity_file} was altered or is torn.", fix="Restore it from a copy.")
         return identity
 
-    def create(self, identity: dict[str, Any]) -> None:
-        """Writes ``run.json``, wholly or not at all."""
+    def create(self, identity: dict[str, Any]) -> str:
+        """Writes ``run.json``, wholly or not at all; returns the id that the run gets."""
+        run = secrets.token_hex(8)
         temporary = self.path / ".run.json.tmp"
         with temporary.open("wb") as file:
-            file.write(json.dumps({"schema": SCHEMA, **identity}, indent=1).encode() + b"\n")
+            file.write(_signed({"schema": SCHEMA, "id": run, **identity}))
             file.flush()
             os.fsync(file.fileno())
         os.rename(temporary, self.identity_file)
+        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        os.fsync(fd)
+        os.close(fd)
+        return run
 
     def move_aside(self) -> None:
         """Renames a run that lies here to ``<name>.old-<n>``; nothing is removed.
@@ -102,17 +112,10 @@ class RunFolder:
 
     def is_running(self) -> bool:
         """Whether a process is writing to this run now."""
-        try:
-            fd = os.open(self.lock_file, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            return not _locked(fd, fcntl.LOCK_SH)
-        finally:
-            os.close(fd)
+        return is_held(self.lock_file)
 
     def lock(self) -> Lock:
-        """Makes the directory if need be and takes it for this process.
+        """Makes the directory if need be and takes it for this process; see `surefoot.record.lock`.
 
         Raises:
             RunDirectoryError: another process has it, or it cannot be made.
@@ -123,49 +126,24 @@ class RunFolder:
                 if not path.exists():
                     path.mkdir(exist_ok=True)
                     made.append(path)
-            fd = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise RunDirectoryError(f"{self.path} cannot be written to: {error.strerror}.") from None
-        give_up = time.monotonic() + _PATIENCE_S  # workers of a killed process take a moment to die
-        while not _locked(fd, fcntl.LOCK_EX):
-            if time.monotonic() > give_up:
-                owner = os.pread(fd, 100, 0).decode(errors="replace").strip() or "unknown"
-                os.close(fd)
-                raise RunDirectoryError(
-                    f"{self.path} is in use by process {owner}.",
-                    why="Two processes writing one run would tear it.",
-                    fix="Wait for it, stop it, or give another output folder.",
-                )
-            time.sleep(0.05)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
-        return Lock(self, fd, made)
-
-
-class Lock:
-    """Holds a run directory until `release` or the end of the process, however it ends."""
-
-    def __init__(self, folder: RunFolder, fd: int, made: list[Path]) -> None:
-        self._folder, self._fd, self._made = folder, fd, made
-
-    def release(self) -> None:
-        """Lets go."""
-        os.close(self._fd)
+        self._made = made
+        return take(self.lock_file, [self.steps / "rows.bin", self.steps / "tail.bin", self.events_file])
 
     def discard(self) -> None:
-        """Takes back a run that never was: removes its files, and the folders made for it."""
-        for name in ("run.json", ".run.json.tmp", "events.jsonl", "LOCK"):
-            (self._folder.path / name).unlink(missing_ok=True)
-        for path in (self._folder.steps, self._folder.checkpoints):
+        """Takes back a run that never was: removes its files, and the folders that `lock` made for it."""
+        for name in ("run.json", ".run.json.tmp", "events.jsonl", "LOCK", "BALLAST"):
+            (self.path / name).unlink(missing_ok=True)
+        for path in (self.steps, self.checkpoints, self.incidents):
             shutil.rmtree(path, ignore_errors=True)
         for path in reversed(self._made):
             path.rmdir()
-        self.release()
 
 
-def _locked(fd: int, how: int) -> bool:
-    try:
-        fcntl.flock(fd, how | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+def _signed(identity: dict[str, Any]) -> bytes:
+    """JSON that ends with a SHA-256 of what stands before."""
+    text = json.dumps(identity, indent=1)
+    return (
+        json.dumps({**identity, "self": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n"
+    ).encode()

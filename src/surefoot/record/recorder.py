@@ -5,39 +5,52 @@ from __future__ import annotations
 from typing import Any
 
 from surefoot.record.events import Events
-from surefoot.record.folder import Lock, RunFolder
+from surefoot.record.folder import RunFolder
+from surefoot.record.lock import Lock
 from surefoot.record.log import StepLog
 
 
 class Recorder:
-    """Holds a run directory and writes its step log and events, for one attempt."""
+    """Holds a run directory and writes its step log and events, for one attempt.
+
+    A disk that takes nothing does not stop it: what it could not write waits in memory.
+    """
 
     def __init__(self, folder: RunFolder, lock: Lock, *, attempt: int) -> None:
-        self.folder, self.attempt, self._lock = folder, attempt, lock
+        self.folder, self.attempt, self.lock = folder, attempt, lock
         self._log = StepLog(folder.steps)
         self._events = Events(folder.events_file, attempt=attempt)
+        self._log.note_events(self._events.num_events)
         self.row = self._log.append
 
     def event(self, kind: str, **facts: Any) -> None:
         """Adds an event."""
         self._events.add(kind, **facts)
+        self._log.note_events(self._events.num_events)
 
-    def sync(self) -> None:
-        """Makes log and events durable against a power cut."""
-        self._log.sync()
-        self._events.sync()
+    def seal(self) -> bool:
+        """Writes all rows and events that wait; whether the disk took them."""
+        rows, events = self._log.seal(), self._events.write_waiting()
+        return rows and events
+
+    def make_durable(self) -> None:
+        """Makes what is written durable against a power cut; may be called from another thread."""
+        self._log.make_durable()
+        self._events.make_durable()
 
     def close(self) -> None:
         """Makes all durable and lets go of the directory."""
         try:
+            self._events.write_waiting()
             self._log.close()
-            self._events.sync()
+            self._events.make_durable()
         finally:
             self._events.close()
-            self._lock.release()
+            self.lock.release()
 
     def discard(self) -> None:
         """Takes back a run that never was."""
         self._log.close()
         self._events.close()
-        self._lock.discard()
+        self.folder.discard()
+        self.lock.release()

@@ -1,0 +1,134 @@
+"""The writer: keeps snapshots in a store from a thread of its own, while training goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from surefoot.checkpoint.kept import Checkpoint
+from surefoot.checkpoint.store import DirectoryStore, Snapshot
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of a snapshot. checkpoint: None if it could not be kept, because of `error`. poisoned: it
+    is kept, but not to go on from.
+
+    seconds: from its submission until it was durable. write_s: of these, writing.
+    """
+
+    step: int
+    checkpoint: Checkpoint | None
+    error: Exception | None
+    poisoned: bool
+    seconds: float
+    write_s: float
+
+
+@dataclass
+class _Job:
+    snapshot: Snapshot
+    step: int
+    begun: float
+    staging: _Staging
+
+
+class _Staging:
+    """Memory for one copy of a state, used again and again."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot with all tensors copied to the host: training may go on."""
+        copies: dict[str, Tensor] = {}
+        for name, tensor in snapshot.tensors():
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
+            copies[name] = buffer.copy_(tensor.detach())
+        self._buffers = copies
+        return replace(
+            snapshot,
+            model={name: copies[f"model:{name}"] for name in snapshot.model},
+            frozen={name: copies[f"frozen:{name}"] for name in snapshot.frozen},
+            optimizer={name: copies[f"optimizer:{name}"] for name in snapshot.optimizer},
+        )
+
+
+class Writer:
+    """Writes one snapshot at a time; one more may wait, and a newer one takes its place.
+
+    `submit` copies the state and returns; what became of it is in `written`, to be looked at after each
+    step. The thread is a daemon: a process that must end is not held up by a disk that hangs.
+
+    Args:
+        before: called in the thread before each write: makes what a checkpoint speaks of durable.
+    """
+
+    def __init__(self, store: DirectoryStore, *, before: Callable[[], None] = lambda: None) -> None:
+        self.written: deque[Written] = deque()
+        self._store, self._before = store, before
+        self._free = [_Staging(), _Staging()]
+        self._waiting: _Job | None = None
+        self._busy = False
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being written or waits to be."""
+        with self._changed:
+            return not self._busy and self._waiting is None
+
+    def submit(self, snapshot: Snapshot, step: int) -> None:
+        """Copies the state and has it written. It must not change until this returns."""
+        begun = time.perf_counter()
+        with self._changed:
+            staging = self._waiting.staging if self._waiting is not None else self._free.pop()
+            self._waiting = None  # newest wins
+        try:
+            job = _Job(staging.copy(snapshot), step, begun, staging)
+        except BaseException:
+            with self._changed:
+                self._free.append(staging)
+            raise
+        with self._changed:
+            self._waiting = job
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def drain(self, deadline_s: float | None = None) -> bool:
+        """Waits until all is written; whether it was, before the deadline."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._busy and self._waiting is None, deadline_s)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None)
+                job, self._waiting, self._busy = self._waiting, None, True
+            assert job is not None
+            began, checkpoint, failure, poisoned = time.perf_counter(), None, None, False
+            try:
+                self._before()
+                checkpoint = self._store.save(job.snapshot, job.step)
+                poisoned = bool(checkpoint.manifest()["poisoned"])
+            except Exception as error:  # told to the loop, which decides
+                failure = error
+            now = time.perf_counter()
+            with self._changed:
+                self.written.append(
+                    Written(job.step, checkpoint, failure, poisoned, now - job.begun, now - began)
+                )
+                self._free.append(job.staging)
+                self._busy = False
+                self._changed.notify_all()

@@ -1,0 +1,183 @@
+"""When and how the state of a run is kept, and what happens if the disk does not take it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from surefoot.checkpoint.kept import Checkpoint
+from surefoot.checkpoint.store import out_of_space
+from surefoot.checkpoint.writer import Writer, Written
+from surefoot.data.plan import Cadence
+from surefoot.record.recorder import Recorder
+from surefoot.state import RunState
+
+_CERTIFIED_AFTER = 100
+_LEAST_AUTO_S = 10.0
+_BACK_OFF_S = (1.0, 60.0)
+_BALLAST_BYTES = (1 << 20, 64 << 20)
+
+
+@dataclass(frozen=True)
+class Auto:
+    """A cadence by what a checkpoint costs: as often as the share of time that they take stays below
+    `overhead`, but at most `risk_s` seconds apart.
+    """
+
+    overhead: float
+    risk_s: float
+
+    def interval_s(self, cost_s: float | None) -> float:
+        """Seconds between checkpoints that cost `cost_s` each (None: not known yet)."""
+        least = _LEAST_AUTO_S if cost_s is None else max(_LEAST_AUTO_S, cost_s / self.overhead)
+        return min(least, self.risk_s)
+
+
+@dataclass
+class _Candidate:
+    """A checkpoint on its way to being certified."""
+
+    checkpoint: Checkpoint
+    num_refused: int
+
+
+@dataclass
+class Keeper:
+    """Keeps the state while the loop goes on; the loop calls `look` after each step.
+
+    every: updates, seconds, or by cost. deadline_s: how long a run that was asked to stop may take to
+    write its state. newest: the newest good checkpoint that this attempt knows of.
+    """
+
+    state: RunState
+    record: Recorder
+    writer: Writer
+    certify: Callable[[Checkpoint], None]
+    every: Cadence | float | Auto
+    total: int
+    deadline_s: float
+    ballast: Path
+    newest: Checkpoint | None = None
+    _last: float = field(default_factory=time.monotonic)
+    _cost_s: float | None = None
+    _due_step: int = 0
+    _failures: int = 0
+    _retry_at: float = 0.0
+    _candidates: list[_Candidate] = field(default_factory=list)
+    _refused_at: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.every, Cadence):
+            self._due_step = self.every.after(self.state.step)
+
+    def due(self) -> bool:
+        """Whether a checkpoint is due after this step; the end of the run has its own."""
+        step = self.state.step
+        if step >= self.total:
+            return False
+        if self._failures:
+            return time.monotonic() >= self._retry_at
+        if isinstance(self.every, Cadence):
+            if step < self._due_step:
+                return False
+            self._due_step = self.every.after(step)
+            return True
+        every = self.every.interval_s(self._cost_s) if isinstance(self.every, Auto) else self.every
+        return time.monotonic() - self._last >= every
+
+    def look(self) -> None:
+        """Takes note of what the writer has done since."""
+        while self.writer.written:
+            self._settle(self.writer.written.popleft())
+        while (
+            self._candidates and self.state.step >= self._candidates[0].checkpoint.step + _CERTIFIED_AFTER
+        ):
+            candidate = self._candidates.pop(0)
+            if candidate.num_refused == self.state.num_refused:
+                self.certify(candidate.checkpoint)
+
+    def keep(self) -> None:
+        """Has the state written in the background. Takes as long as copying it in memory."""
+        begun = time.perf_counter()
+        if isinstance(self.every, Auto) or not isinstance(self.every, Cadence):
+            self._last = time.monotonic()
+        if not self.record.seal():
+            self._failed(OSError(28, "the step log could not be written"))
+            return
+        self._refused_at[self.state.step] = self.state.num_refused
+        self.writer.submit(self.state.snapshot(), self.state.step)
+        self._stall_s = time.perf_counter() - begun
+
+    _stall_s: float = 0.0
+
+    def finish(self, *, hurry: bool) -> bool:
+        """Keeps the state and waits until it is durable; whether it is.
+
+        A disk that does not take it is tried again, with the ballast released; if in a `hurry`, only until
+        the deadline.
+        """
+        give_up = time.monotonic() + self.deadline_s
+        for wait_s in (0.0, 1.0, 4.0):
+            time.sleep(wait_s)
+            self.keep()
+            left = max(0.0, give_up - time.monotonic())
+            if not self.writer.drain(left if hurry else None):
+                return False
+            self.look()
+            if not self._failures:
+                return True
+            if hurry and time.monotonic() > give_up:
+                return False
+        return False
+
+    def _settle(self, done: Written) -> None:
+        refused = self._refused_at.pop(done.step, self.state.num_refused)
+        if done.error is not None or done.checkpoint is None:
+            self._failed(done.error)
+            return
+        self._failures = 0
+        self._cost_s = self._stall_s + done.write_s
+        facts = {"name": done.checkpoint.path.name, "seconds": round(done.seconds, 6)}
+        facts["stall_s"] = round(self._stall_s, 6)
+        if done.poisoned:
+            self.record.event("checkpoint_poisoned", step=done.step, **facts)
+            return
+        self.newest = done.checkpoint
+        self._candidates.append(_Candidate(done.checkpoint, refused))
+        self.record.event("checkpointed", step=done.step, **facts)
+        self.prepare_ballast()
+
+    def _failed(self, error: Exception | None) -> None:
+        self._failures += 1
+        first, most = _BACK_OFF_S
+        wait_s = min(most, first * 2.0 ** (self._failures - 1))
+        self._retry_at = time.monotonic() + wait_s
+        if error is not None and out_of_space(error):
+            self.ballast.unlink(missing_ok=True)  # the room for what follows
+        kept = "none yet" if self.newest is None else f"at step {self.newest.step}"
+        self.record.event(
+            "checkpoint_failed",
+            step=self.state.step,
+            error=f"{type(error).__name__}: {error}",
+            tries=self._failures,
+            retry_s=wait_s,
+            newest_good=kept,
+        )
+
+    def prepare_ballast(self) -> None:
+        """A file that is removed when the disk is full, so that the last state still finds room."""
+        if self.ballast.exists():
+            return
+        least, most = _BALLAST_BYTES
+        size = min(max(least, self.state.num_bytes() * 5 // 4), most)
+        try:
+            fd = os.open(self.ballast, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                os.posix_fallocate(fd, 0, size)
+            finally:
+                os.close(fd)
+        except OSError:
+            self.ballast.unlink(missing_ok=True)

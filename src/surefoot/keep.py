@@ -17,6 +17,7 @@ from surefoot.state import RunState
 
 _CERTIFIED_AFTER = 100
 _LEAST_AUTO_S = 10.0
+_PATIENCE_S = 30.0
 _BACK_OFF_S = (1.0, 60.0)
 _BALLAST_BYTES = (1 << 20, 64 << 20)
 
@@ -100,10 +101,13 @@ class Keeper:
                 self.certify(candidate.checkpoint)
 
     def keep(self) -> None:
-        """Has the state written in the background. Takes as long as copying it in memory."""
+        """Has the state written in the background. Takes as long as copying it in memory; but states that
+        were asked for by their step do not take one another's place: the loop waits for a while instead.
+        """
         begun = time.perf_counter()
-        if isinstance(self.every, Auto) or not isinstance(self.every, Cadence):
-            self._last = time.monotonic()
+        if isinstance(self.every, Cadence):
+            self.writer.make_room(_PATIENCE_S)
+        self._last = time.monotonic()
         if not self.record.seal():
             self._failed(OSError(28, "the step log could not be written"))
             return

@@ -81,12 +81,6 @@ class Writer:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is being written or waits to be."""
-        with self._changed:
-            return not self._busy and self._waiting is None
-
     def submit(self, snapshot: Snapshot, step: int) -> None:
         """Copies the state and has it written. It must not change until this returns."""
         begun = time.perf_counter()
@@ -105,6 +99,11 @@ class Writer:
                 self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
+
+    def make_room(self, deadline_s: float) -> bool:
+        """Waits until no snapshot waits, so that the next takes no other's place; whether that is so."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._waiting is None, deadline_s)
 
     def drain(self, deadline_s: float | None = None) -> bool:
         """Waits until all is written; whether it was, before the deadline."""

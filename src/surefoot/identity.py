@@ -6,6 +6,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import json
 import math
 import os
 import platform
@@ -157,6 +158,14 @@ def environment(device: torch.device, *, compiled: bool) -> dict[str, Any]:
 
 DECIDES_BITS = ("torch", "device", "cpu_capability", "threads", "compiled")
 """Parts of the environment on which results agree to rounding only, if they differ."""
+
+
+def digest_of(identity: Mapping[str, Any]) -> str:
+    """SHA-256 over what is learned: recipe, data, plan and the options of the command line."""
+    parts = {name: identity[name] for name in ("recipe", "data", "plan")}
+    options = identity["origin"].get("options", {})
+    text = json.dumps({**parts, "options": options}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def command_line() -> list[str]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from surefoot.checkpoint.kept import Checkpoint
+from surefoot.checkpoint.kept import Checkpoint, list_checkpoints
 from surefoot.checkpoint.retention import Retention
 from surefoot.checkpoint.store import DirectoryStore
 from surefoot.errors import RunDirectoryError, StateError
-from surefoot.identity import DECIDES_BITS, differences
+from surefoot.identity import DECIDES_BITS, differences, digest_of
 from surefoot.record.events import Event, read_events
 from surefoot.record.folder import RunFolder
 from surefoot.record.lock import Lock
@@ -46,10 +47,16 @@ def begin_or_continue(
         StateError: state has been kept, but none of it is sound; nothing was changed.
     """
     lock = folder.lock()
+    recipe = digest_of(identity)
 
     def store(run: str, fence: int) -> DirectoryStore:
         return DirectoryStore(
-            folder.checkpoints, retention=retention, run=run, fence=fence, may_write=lock.check
+            folder.checkpoints,
+            retention=retention,
+            run=run,
+            recipe=recipe,
+            fence=fence,
+            may_write=lock.check,
         )
 
     try:
@@ -58,11 +65,11 @@ def begin_or_continue(
             record = Recorder(folder, lock, attempt=1)
             record.event("started", step=0, run=run, environment=identity["environment"])
             return Opened(store(run, 1), record)
-        before = folder.identity()
+        before, mended = _identity_of(folder, identity, recipe)
         _same_run(before, identity, folder)
         events, _ = read_events(folder.events_file)
         attempt = 1 + max((e["attempt"] for e in events), default=0)
-        opened = Opened(store(before["id"], attempt))
+        opened = Opened(store(before["id"], attempt), notes=mended)
         rejected = _restore(state, opened, events, folder)
         last = events[-1] if events and events[-1]["kind"] == "ended" else {}
         ended = last.get("status", "")
@@ -78,6 +85,28 @@ def begin_or_continue(
     changed = {k: [then.get(k), now[k]] for k in DECIDES_BITS if then.get(k) != now[k]}
     _tell(opened, rejected, changed, state, folder, lock)
     return opened
+
+
+def _identity_of(
+    folder: RunFolder, identity: dict[str, Any], recipe: str
+) -> tuple[dict[str, Any], list[str]]:
+    """What ``run.json`` says. If it is damaged, and a checkpoint says that the run is of this very recipe,
+    it is written anew.
+    """
+    try:
+        return folder.identity(), []
+    except StateError as error:
+        for checkpoint in reversed(list_checkpoints(folder.checkpoints)):
+            try:
+                manifest = checkpoint.manifest()
+            except StateError:
+                continue
+            if manifest["recipe"] == recipe:
+                folder.quarantine.mkdir(exist_ok=True)
+                folder.identity_file.rename(folder.quarantine / f"run-{time.time_ns()}.json")
+                folder.create(identity, run=manifest["run"])
+                return folder.identity(), [f"{error.what} It was made again from the recipe."]
+        raise
 
 
 def _restore(

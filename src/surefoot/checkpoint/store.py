@@ -68,6 +68,7 @@ class DirectoryStore:
         path: the directory; made when the first checkpoint is written.
         retention: what stays.
         run: id of the run, written into each checkpoint and checked when one is read.
+        recipe: digest of what is learned, written into each checkpoint.
         fence: number of this writer; a checkpoint is committed only while `may_write` says so.
         may_write: raises if the directory is no longer this writer's.
     """
@@ -78,11 +79,12 @@ class DirectoryStore:
         *,
         retention: Retention | None = None,
         run: str | None = None,
+        recipe: str = "",
         fence: int = 0,
         may_write: Callable[[], None] = lambda: None,
     ) -> None:
         self.path, self._retention = path, retention or Retention()
-        self._run, self._fence, self._may_write = run, fence, may_write
+        self._run, self._recipe, self._fence, self._may_write = run, recipe, fence, may_write
         self._verified: set[int] = set()
 
     def save(self, snapshot: Snapshot, step: int) -> Checkpoint:
@@ -110,7 +112,7 @@ class DirectoryStore:
             ):
                 files[file] = write_durably(temporary / file, part)
             manifest: dict[str, Any] = {
-                "schema": SCHEMA, "run": self._run, "fence": self._fence, "seq": seq, "step": step,
+                "schema": SCHEMA, "run": self._run, "recipe": self._recipe, "fence": self._fence, "seq": seq, "step": step,
                 "time": round(time.time(), 3), "metrics": snapshot.metrics,
                 "poisoned": not _finite(snapshot), "files": files,
             }  # fmt: skip

@@ -45,6 +45,10 @@ class _Staging:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
+    def forget(self) -> None:
+        """Lets go of the memory."""
+        self._buffers = {}
+
     def copy(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with all tensors copied to the host: training may go on."""
         copies: dict[str, Tensor] = {}
@@ -89,10 +93,13 @@ class Writer:
             self._waiting = None  # newest wins
         try:
             job = _Job(staging.copy(snapshot), step, begun, staging)
-        except BaseException:
+        except (MemoryError, RuntimeError):  # no room for a copy: write while the loop waits
+            staging.forget()
             with self._changed:
                 self._free.append(staging)
-            raise
+            self.drain()
+            self._write(_Job(snapshot, step, begun, staging))
+            return
         with self._changed:
             self._waiting = job
             if self._thread is None:
@@ -116,18 +123,19 @@ class Writer:
                 self._changed.wait_for(lambda: self._waiting is not None)
                 job, self._waiting, self._busy = self._waiting, None, True
             assert job is not None
-            began, checkpoint, failure, poisoned = time.perf_counter(), None, None, False
-            try:
-                self._before()
-                checkpoint = self._store.save(job.snapshot, job.step)
-                poisoned = bool(checkpoint.manifest()["poisoned"])
-            except Exception as error:  # told to the loop, which decides
-                failure = error
-            now = time.perf_counter()
+            self._write(job)
             with self._changed:
-                self.written.append(
-                    Written(job.step, checkpoint, failure, poisoned, now - job.begun, now - began)
-                )
                 self._free.append(job.staging)
                 self._busy = False
                 self._changed.notify_all()
+
+    def _write(self, job: _Job) -> None:
+        began, checkpoint, failure, poisoned = time.perf_counter(), None, None, False
+        try:
+            self._before()
+            checkpoint = self._store.save(job.snapshot, job.step)
+            poisoned = bool(checkpoint.manifest()["poisoned"])
+        except Exception as error:  # told to the loop, which decides
+            failure = error
+        now = time.perf_counter()
+        self.written.append(Written(job.step, checkpoint, failure, poisoned, now - job.begun, now - began))

@@ -167,6 +167,30 @@ def _pairs(settings: list[str]) -> dict[str, Any]:
     return pairs
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def supervise(
+    context: typer.Context,
+    most: Annotated[int, typer.Option("--crashes", min=1, help="Without progress, until it gives up.")] = 5,
+    first_s: Annotated[float, typer.Option("--pause", min=0.0, help="Seconds, doubled each time.")] = 1.0,
+) -> None:
+    """Run `train ...` (after --), and start it again when it crashes: surefoot supervise -- train FILE."""
+    with _errors():
+        from surefoot.launch.supervise import Supervisor, run_directory
+
+        if context.args[:1] != ["train"]:
+            raise OperationsError(
+                f"supervise: {' '.join(context.args) or 'nothing'} is not a training command.",
+                fix="surefoot supervise -- train FILE [KEY=VALUE]... --out DIR",
+            )
+
+        def say(text: str) -> None:
+            err.print(text, markup=False, soft_wrap=True)
+
+        supervisor = Supervisor(context.args, run_directory(context.args), most, first_s, say)
+        code = supervisor.run()
+    raise typer.Exit(code)
+
+
 @app.command()
 def show(path: RunPath, as_json: AsJson = False) -> None:
     """Show a run: status, metrics, interventions, digest of the weights."""

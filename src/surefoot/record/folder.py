@@ -81,9 +81,9 @@ class RunFolder:
             raise StateError(f"{self.identity_file} was altered or is torn.", fix="Restore it from a copy.")
         return identity
 
-    def create(self, identity: dict[str, Any]) -> str:
-        """Writes ``run.json``, wholly or not at all; returns the id that the run gets."""
-        run = secrets.token_hex(8)
+    def create(self, identity: dict[str, Any], *, run: str = "") -> str:
+        """Writes ``run.json``, wholly or not at all; returns the run's id, a new one if none is given."""
+        run = run or secrets.token_hex(8)
         temporary = self.path / ".run.json.tmp"
         with temporary.open("wb") as file:
             file.write(_signed({"schema": SCHEMA, "id": run, **identity}))

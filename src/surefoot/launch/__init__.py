@@ -1,0 +1,1 @@
+"""Drivers of runs: processes that start them."""

@@ -10,7 +10,7 @@ SOURCE = ROOT / "src/surefoot"
 PARTS = {"data", "optim", "checkpoint", "guard", "record", "parallel", "measure"}
 LEVELS = [
     {"errors"},
-    {"keys", "types"},
+    {"keys", "types", "durable"},
     {"protocols"},
     PARTS,
     {"state"},

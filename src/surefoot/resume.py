@@ -69,6 +69,7 @@ def begin_or_continue(
         _same_run(before, identity, folder)
         events, _ = read_events(folder.events_file)
         attempt = 1 + max((e["attempt"] for e in events), default=0)
+        mended += _unreadable_log(folder)
         opened = Opened(store(before["id"], attempt), notes=mended)
         rejected = _restore(state, opened, events, folder)
         last = events[-1] if events and events[-1]["kind"] == "ended" else {}
@@ -107,6 +108,17 @@ def _identity_of(
                 folder.create(identity, run=manifest["run"])
                 return folder.identity(), [f"{error.what} It was made again from the recipe."]
         raise
+
+
+def _unreadable_log(folder: RunFolder) -> list[str]:
+    """Moves a step log of which nothing can be read into quarantine: training needs none of it."""
+    try:
+        read_log(folder.steps)
+    except StateError as error:
+        folder.quarantine.mkdir(exist_ok=True)
+        (folder.steps / "rows.bin").rename(folder.quarantine / f"rows-{time.time_ns()}.bin")
+        return [f"{error.what} Moved to {folder.quarantine.name}/; the log begins anew."]
+    return []
 
 
 def _restore(
@@ -177,6 +189,8 @@ def _tell(
     """What was found, as events and notes; moves what was rejected into quarantine."""
     assert opened.record is not None
     record, checkpoint = opened.record, opened.checkpoint
+    for note in opened.notes:
+        record.event("mended", step=state.step, reason=note)
     for bad, why in rejected:
         reason = f"checkpoint {bad.path.name} rejected: {why}"
         if "is poisoned" not in why:

@@ -33,6 +33,10 @@ from surefoot.train_step import Attempt, Parts, train_step
 from surefoot.types import Minibatch, Outcome, Slots
 
 
+_LEAVE_S = 10.0
+"""How long a process that has lost the run waits for its writer to notice."""
+
+
 @dataclass
 class Run:
     """A run, ready to go on: what `build` joins from a recipe and operations.
@@ -321,8 +325,11 @@ def _fail(run: Run, error: BaseException) -> None:
     """Notes an error. The state is not kept: it may be half-way through a step."""
     run.status = "preempted" if isinstance(error, KeyboardInterrupt) else "failed"
     what = f"{type(error).__name__}: {error}"
-    if run.record.lock.lost:
-        return  # the directory is another's
+    if run.record.closed:
+        return
+    if run.record.lock.lost:  # the directory is another's
+        run.keeper.writer.drain(_LEAVE_S)
+        return
     run.keeper.writer.drain(run.keeper.deadline_s)
     run.keeper.look()
     run.record.event(

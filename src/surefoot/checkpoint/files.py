@@ -35,15 +35,6 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str,
     return {"bytes": size, "sha256": sha.hexdigest()}
 
 
-def sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 _AT_FDCWD, _NOREPLACE = -100, 1
 
 

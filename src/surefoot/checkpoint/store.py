@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surefoot.checkpoint.files import file_hash, rename_new, sync_directory, to_json, write_durably
+from surefoot.checkpoint.files import file_hash, rename_new, to_json, write_durably
 from surefoot.checkpoint.kept import SCHEMA, Checkpoint, list_checkpoints
 from surefoot.checkpoint.retention import Retention, expendable
 from surefoot.checkpoint.tensors import load_tensors, safetensors_chunks
+from surefoot.durable import sync_directory
 from surefoot.errors import StateError
 
 
@@ -93,7 +94,10 @@ class DirectoryStore:
         Raises:
             OSError: it could not be written; nothing of it is left.
         """
-        self.path.mkdir(exist_ok=True)
+        self._may_write()
+        if not self.path.is_dir():
+            self.path.mkdir()
+            sync_directory(self.path.parent)
         self._sweep()
         before = self.checkpoints()
         seq = 1 + max((c.seq for c in before), default=0)
@@ -112,7 +116,8 @@ class DirectoryStore:
             ):
                 files[file] = write_durably(temporary / file, part)
             manifest: dict[str, Any] = {
-                "schema": SCHEMA, "run": self._run, "recipe": self._recipe, "fence": self._fence, "seq": seq, "step": step,
+                "schema": SCHEMA, "run": self._run, "recipe": self._recipe, "fence": self._fence,
+                "seq": seq, "step": step,
                 "time": round(time.time(), 3), "metrics": snapshot.metrics,
                 "poisoned": not _finite(snapshot), "files": files,
             }  # fmt: skip

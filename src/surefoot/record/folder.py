@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from surefoot.durable import sync_directory
 from surefoot.errors import RunDirectoryError, StateError
 from surefoot.record.lock import Lock, is_held, take
 
@@ -90,9 +91,8 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         os.rename(temporary, self.identity_file)
-        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        os.fsync(fd)
-        os.close(fd)
+        for path in {self.path, *(made.parent for made in self._made)}:
+            sync_directory(path)
         return run
 
     def move_aside(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from surefoot.durable import sync_directory
 from surefoot.record.events import Events
 from surefoot.record.folder import RunFolder
 from surefoot.record.lock import Lock
@@ -18,9 +19,12 @@ class Recorder:
 
     def __init__(self, folder: RunFolder, lock: Lock, *, attempt: int) -> None:
         self.folder, self.attempt, self.lock = folder, attempt, lock
+        self.closed = False
         self._log = StepLog(folder.steps)
         self._events = Events(folder.events_file, attempt=attempt)
         self._log.note_events(self._events.num_events)
+        for path in (folder.steps, folder.path):
+            sync_directory(path)
         self.row = self._log.append
 
     def event(self, kind: str, **facts: Any) -> None:
@@ -40,6 +44,7 @@ class Recorder:
 
     def close(self) -> None:
         """Makes all durable and lets go of the directory."""
+        self.closed = True
         try:
             self._events.write_waiting()
             self._log.close()

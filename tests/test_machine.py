@@ -1,0 +1,306 @@
+"""A run on a machine that fails: full, slow and lost disks, dead workers, hangs, stopped processes."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, blobs, recipe, surefoot, surefoot_process
+
+import surefoot as sf
+from surefoot.checkpoint.store import DirectoryStore
+from surefoot.keep import Auto
+from surefoot.record.rows import read_newest
+
+OFTEN = {"checkpoint": {"every": 2}}
+
+
+def kinds(path: Path) -> list[str]:
+    return [e["kind"] for e in sf.open_run(path).events(all_events=True)]
+
+
+def wait_for_steps(path: Path, count: int, process) -> None:
+    while not (path / "steps/tail.bin").exists() or len(read_newest(path / "steps", 4000)["step"]) < count:
+        time.sleep(0.01)
+        assert process.poll() is None, process.communicate()
+
+
+# ------------------------------------------------------------------------- disk
+
+
+def test_a_full_disk_is_outlived(tmp_path, monkeypatch, fit):
+    """Training goes on, says so, keeps what it has, and writes again once there is room."""
+    real, full = os.write, [False]
+
+    def write(fd, data):
+        if full[0]:
+            raise OSError(28, "No space left on device")
+        return real(fd, data)
+
+    monkeypatch.setattr(os, "write", write)
+    path = tmp_path / "run"
+    for outcome in sf.steps(recipe(until=30), out=path, operations=sf.Operations(**OFTEN)):
+        full[0] = 6 <= outcome.step < 20
+        if outcome.step == 19:
+            assert not (path / "BALLAST").exists()  # given up for what follows
+            monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 100)  # do not wait
+    view = sf.open_run(path)
+    assert view.status == "finished"
+    assert view.summary()["digest"] == fit(until=30).digest
+    assert view.log()["step"].tolist() == list(range(30))
+    failed = [e for e in view.events() if e["kind"] == "checkpoint_failed"]
+    assert "No space left" in failed[0]["error"]
+    assert view.verify() == []
+    assert (path / "BALLAST").exists()
+
+
+def test_a_disk_that_stays_full_ends_with_an_error_and_the_last_good_state(tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    real = DirectoryStore.save
+
+    def save(self, snapshot, step):
+        if step > 4:
+            raise OSError(30, "Read-only file system")
+        return real(self, snapshot, step)
+
+    monkeypatch.setattr(DirectoryStore, "save", save)
+    with pytest.raises(sf.StateError, match="could not be written") as caught:
+        sf.fit(recipe(until=9), out=path, operations=sf.Operations(checkpoint={"every": 4}))
+    assert "The newest good state is that after step 4" in str(caught.value)
+    assert (sf.open_run(path).status, sf.open_run(path).checkpoints()[-1].step) == ("failed", 4)
+    monkeypatch.undo()
+    assert sf.fit(recipe(until=9), out=path).status == "finished"
+
+
+def test_a_slow_disk_does_not_hold_training_up(tmp_path, monkeypatch):
+    real = DirectoryStore.save
+
+    def save(self, snapshot, step):
+        time.sleep(1.0)
+        return real(self, snapshot, step)
+
+    monkeypatch.setattr(DirectoryStore, "save", save)
+    slowest = 0.0
+    before = time.perf_counter()
+    operations = sf.Operations(checkpoint={"every": "0.05s"})
+    for outcome in sf.steps(recipe(until=400), out=tmp_path / "run", operations=operations):
+        now = time.perf_counter()
+        if outcome.step not in (0, 399):
+            slowest = max(slowest, now - before)
+        before = now
+        time.sleep(0.002)
+    assert slowest < 0.5
+    assert sf.open_run(tmp_path / "run").verify() == []
+
+
+def test_what_is_saved_is_the_state_at_the_save(tmp_path, monkeypatch):
+    """Updates go on while a checkpoint waits to be written; none of them may show in it."""
+    real = DirectoryStore.save
+    digests = {}
+
+    def save(self, snapshot, step):
+        time.sleep(0.05)
+        return real(self, snapshot, step)
+
+    monkeypatch.setattr(DirectoryStore, "save", save)
+    operations = sf.Operations(checkpoint={"every": 5, "keep_last": 20})
+    for outcome in sf.steps(recipe(until=40), out=tmp_path / "run", operations=operations):
+        digests[outcome.step + 1] = sf.digest(outcome.model)
+    kept = sf.open_run(tmp_path / "run").checkpoints()
+    assert [c.step for c in kept] == [5, 10, 15, 20, 25, 30, 35, 40]
+    assert all(c.facts()["digest"] == digests[c.step] for c in kept)
+
+
+def test_frozen_layers_are_written_once(tmp_path):
+    def model():
+        big = torch.nn.Linear(8, 200_000).requires_grad_(False)
+        return torch.nn.Sequential(torch.nn.Linear(8, 8), big, torch.nn.AdaptiveAvgPool1d(3))
+
+    done = sf.fit(
+        recipe(model=model, until=9, batch=sf.Batch(4)),
+        out=tmp_path / "run",
+        operations=sf.Operations(checkpoint={"every": 3, "keep_last": 9}),
+    )
+    files = [c.path / "frozen.safetensors" for c in sf.open_run(done.run_dir).checkpoints()]
+    assert len(files) == 3
+    assert len({file.stat().st_ino for file in files}) == 1
+    assert all((f.parent / "model.safetensors").stat().st_size < 2_000 for f in files)
+    assert sf.open_run(done.run_dir).verify() == []
+
+
+def test_a_mask_of_minus_infinity_is_no_poison(tmp_path):
+    class Masked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(8, 3)
+            self.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
+            self.register_buffer("largest", torch.tensor(float("-inf")))
+
+        def forward(self, x):
+            self.largest = torch.maximum(self.largest, x.detach().max())
+            return self.inner(x)
+
+    for outcome in sf.steps(recipe(model=Masked), out=tmp_path / "run"):
+        if outcome.step == 4:
+            break
+    assert sf.fit(recipe(model=Masked), out=tmp_path / "run").status == "finished"
+
+
+# ------------------------------------------------------------------------- cadence
+
+
+def test_a_cadence_by_cost():
+    auto = Auto(overhead=0.02, risk_s=600)
+    assert auto.interval_s(None) == 10
+    assert auto.interval_s(0.01) == 10
+    assert auto.interval_s(1.0) == 50
+    assert auto.interval_s(60.0) == 600
+    assert Auto(overhead=0.02, risk_s=3).interval_s(1.0) == 3
+
+
+def test_best_pinned_and_certified_checkpoints_stay(tmp_path):
+    x, y = blobs(64, seed=1)
+    changed = recipe(until=400, validation=sf.Validation(sf.Arrays(x, y), every=20))
+    kept = {"every": 20, "keep_last": 2, "keep_best": 1}
+    for outcome in sf.steps(changed, out=tmp_path / "run", operations=sf.Operations(checkpoint=kept)):
+        if outcome.step == 30:
+            (first,) = [p for p in (tmp_path / "run/checkpoints").iterdir() if p.is_dir()]
+            first.with_name(first.name + ".pin").touch()
+        time.sleep(0.0005)
+    view = sf.open_run(tmp_path / "run")
+    losses = {e["step"]: e["metrics"]["loss"] for e in view.events() if e["kind"] == "validated"}
+    steps = [c.step for c in view.checkpoints()]
+    assert {20, 380, 400, min(losses, key=losses.get)} <= set(steps)
+    certified = [c.step for c in view.checkpoints() if c.mark("certified").exists()]
+    assert certified
+    assert max(certified) <= 300
+
+
+# ------------------------------------------------------------------------- budgets
+
+
+def test_budgets_stop_with_a_checkpoint_and_exit_4(tmp_path):
+    file, run = ROOT / "tests/recipes/everything.py", tmp_path / "run"
+    first = surefoot("train", file, "--out", run, "--set", "budget.updates=10")
+    assert first.returncode == 4, first.stderr
+    assert "budget.updates = 10 is reached" in first.stdout
+    told = json.loads(surefoot("show", run, "--json").stdout)
+    assert (told["status"], told["step"], told["checkpoint_step"]) == ("budget", 10, 10)
+    again = surefoot("train", file, "--out", run, "--set", "budget.updates=10")
+    assert again.returncode == 4
+    price = ("--set", "budget.price_per_hour=3600", "--set", "budget.cost=0.0001")
+    dear = surefoot("train", file, "--out", run, *price)
+    assert dear.returncode == 4
+    assert "budget.cost" in dear.stdout
+    slow = surefoot("train", file, "pause_s=0.01", "--out", tmp_path / "slow", "--set", "budget.time=1s")
+    assert slow.returncode == 4
+    done = surefoot("train", file, "--out", run, "--set", "budget.price_per_hour=3600")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(surefoot("show", run, "--json").stdout)
+    log = sf.open_run(run).log(all_rows=True)
+    assert told["cost"] == pytest.approx(log["cost"].sum())
+    assert told["cost_per_step"] == pytest.approx(told["cost"] / 60)
+    assert told["cost_per_epoch"] == pytest.approx(told["cost"] / 5)
+    later = log["step"] >= 10
+    assert log["cost"][later] == pytest.approx(log["wall_s"][later])
+    assert "cost" in surefoot("show", run).stdout
+    bad = surefoot("train", file, "--out", tmp_path / "b", "--set", "budget.cost=3")
+    assert bad.returncode == 2
+    assert "price_per_hour" in bad.stderr
+
+
+# ------------------------------------------------------------------------- processes
+
+WORKERS = """
+import os, pathlib, signal, time, torch, torch.nn.functional as F, surefoot as sf
+HERE = pathlib.Path(__file__).parent
+class Trouble:
+    def __len__(self): return 64
+    def __getitem__(self, i):
+        if i == 40 and (HERE / "armed").exists():
+            {trouble}
+        return torch.randn(3) + i, i % 2
+def recipe() -> sf.Recipe:
+    return sf.Recipe(model=lambda: torch.nn.Linear(3, 2), data=sf.Dataset(Trouble()), until="3ep",
+        objective=sf.supervised(F.cross_entropy), optimizer=sf.SGD(lr=0.01), batch=sf.Batch(4))
+"""
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        ("(HERE / 'armed').unlink(); os.kill(os.getpid(), signal.SIGKILL)", "died"),
+        ("(HERE / 'armed').unlink(); os.kill(os.getpid(), signal.SIGSTOP)", "hung"),
+    ],
+)
+def test_a_dead_or_hung_worker_is_named_and_replaced(tmp_path, trouble, reason):
+    (tmp_path / "mine.py").write_text(WORKERS.replace("{trouble}", trouble))
+    (tmp_path / "armed").touch()
+    settings = ("--workers", "2", "--set", "data.timeout=3s")
+    done = surefoot("train", "mine.py", "--out", "run", *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (event,) = [e for e in sf.open_run(tmp_path / "run").events() if e["kind"] == "worker_replaced"]
+    assert event["reason"] == reason
+    assert event["workers"]
+    calm = surefoot("train", "mine.py", "--out", "calm", cwd=tmp_path)
+    assert calm.returncode == 0
+    told = [sf.open_run(tmp_path / name).summary() for name in ("run", "calm")]
+    assert told[0]["digest"] == told[1]["digest"]
+    assert told[0]["ledger"] == told[1]["ledger"]
+
+
+def test_workers_that_always_die_are_given_up_with_the_step(tmp_path):
+    code = WORKERS.replace("{trouble}", "os.kill(os.getpid(), signal.SIGKILL)")
+    (tmp_path / "mine.py").write_text(code)
+    (tmp_path / "armed").touch()
+    done = surefoot("train", "mine.py", "--out", "run", "--workers", "2", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "the workers died 4 times over step" in done.stderr
+
+
+def test_a_hang_is_reported_with_every_threads_stack(tmp_path):
+    code = WORKERS.replace("{trouble}", "time.sleep(4); (HERE / 'armed').unlink()")
+    (tmp_path / "mine.py").write_text(code)
+    (tmp_path / "armed").touch()
+    done = surefoot("train", "mine.py", "--out", "run", "--set", "hang_after=1s", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (hang,) = [e for e in sf.open_run(tmp_path / "run").events() if e["kind"] == "hang"]
+    stacks = (tmp_path / "run" / hang["stacks"]).read_text()
+    assert 'mine.py"' in stacks
+    assert "__getitem__" in stacks
+    assert stacks.count("Thread 0x") >= 2
+
+
+def contents(run: Path) -> dict[Path, bytes]:
+    """Of all files but the lock, and what a process notes of itself."""
+    files = [p for p in run.rglob("*") if p.is_file() and p.name != "LOCK" and p.parent.name != "incidents"]
+    return {file: file.read_bytes() for file in files}
+
+
+def test_a_stopped_process_is_taken_over_and_cannot_write_any_more(tmp_path):
+    file, run = ROOT / "tests/recipes/everything.py", tmp_path / "run"
+    arguments = ("train", file, "epochs=3", "--out", run, "--set", "checkpoint.every=2")
+    zombie = surefoot_process(*arguments, "pause_s=0.02")
+    try:
+        wait_for_steps(run, 5, zombie)
+        zombie.send_signal(signal.SIGSTOP)
+        other = surefoot(*arguments, "pause_s=0.02")
+        assert other.returncode == 0, other.stderr
+        assert f"taken over from process {zombie.pid}" in other.stderr
+        whole = contents(run)
+        zombie.send_signal(signal.SIGCONT)
+        _, err = zombie.communicate(timeout=60)
+    finally:
+        zombie.kill()
+    assert zombie.returncode == 2, err
+    assert "was taken over by another process" in err
+    assert contents(run) == whole
+    assert surefoot("verify", run).returncode == 0
+    calm = surefoot("train", file, "epochs=3", "pause_s=0.02", "--out", tmp_path / "calm")
+    assert calm.returncode == 0
+    digests = {sf.open_run(p).summary()["digest"] for p in (run, tmp_path / "calm")}
+    assert len(digests) == 1

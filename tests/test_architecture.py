@@ -17,7 +17,7 @@ LEVELS = [
     {"train_step"},
     {"keep", "stopping"},
     {"train"},
-    {"recipe", "operations", "identity", "model"},
+    {"recipe", "operations", "identity", "environment", "model"},
     {"resume", "run"},
     {"build"},
     {"export", "tune", "federated", "launch", "fleet"},
@@ -32,6 +32,7 @@ OPTIONAL = {"pyarrow", "tensorboard", "mlflow", "wandb", "optuna", "ray", "flwr"
 LONGER_FOR_A_REASON = {
     "build.py": "everything that joins a recipe with operations",
     "cli/main.py": "one function per command, mostly signatures",
+    "operations.py": "every key with its default and meaning",
     "optim/schedules.py": "one small class per schedule",
     "record/rows.py": "one format: blocks, ring, and checking both",
     "train.py": "the loop",

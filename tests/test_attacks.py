@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
+import textwrap
 import time
 from functools import partial
 from pathlib import Path
@@ -13,11 +18,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import blobs, mlp, recipe, surefoot, surefoot_process
+from conftest import blobs, flat, mlp, recipe, surefoot, surefoot_process
 from test_cli import GOOD, listing, write
 from torch import nn
 
 import surefoot as sf
+from surefoot.identity import describe
 from surefoot.record.rows import read_newest
 
 
@@ -460,3 +466,263 @@ def test_a_request_to_stop_does_not_wait_for_a_batch(tmp_path, workers):
     _, err = process.communicate(timeout=30)
     assert process.returncode == 75, err
     assert sf.open_run(tmp_path / "run").checkpoints()[-1].step == 4
+
+
+# ------------------------------------------------------------------------- a second attack
+
+
+def overflowing(hidden):
+    """A gradient that is finite and a step that is not: 1e38 times a rate of 1000."""
+
+    def objective(model, data):
+        x, y, big = data
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        return losses * torch.where(big > 0, 1e38, 1e-3)
+
+    x, y = blobs(64)
+    big = np.zeros(64, np.float32)
+    big[33] = 1
+    return recipe(
+        model=lambda: nn.Sequential(nn.Linear(8, hidden), nn.ReLU(), nn.Linear(hidden, 3)),
+        data=sf.Arrays(x, y, big),
+        objective=objective,
+        optimizer=sf.SGD(lr=1000.0, momentum=0.9),
+        batch=sf.Batch(8, shuffle=False),
+        until=8,
+    )
+
+
+@pytest.mark.parametrize("hidden", [4, 20_000])
+def test_an_update_that_overflows_is_undone_whatever_the_size(tmp_path, hidden):
+    """Weights and momentum: what follows is not refused for it."""
+    weights = []
+    for outcome in sf.steps(overflowing(hidden), out=tmp_path / "run"):
+        weights.append(flat(outcome.model))
+        assert torch.isfinite(weights[-1]).all()
+    log = sf.open_run(tmp_path / "run").log()
+    assert log["permitted"].tolist() == [True] * 4 + [False] + [True] * 3
+    assert torch.equal(weights[4], weights[3])
+
+
+class Reassigned(nn.Module):
+    """A buffer that the model puts another tensor in the place of, as many do."""
+
+    def __init__(self, persistent):
+        super().__init__()
+        self.inner = nn.Linear(8, 3)
+        self.register_buffer("mean", torch.zeros(8), persistent=persistent)
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0).detach()
+        return self.inner(x - self.mean)
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_buffer_that_is_reassigned_is_undone_and_continued(tmp_path, persistent):
+    x, y = blobs(256)
+    x[100] = np.nan
+    changed = recipe(
+        model=lambda: Reassigned(persistent), data=sf.Arrays(x, y), batch=sf.Batch(16, shuffle=False)
+    )
+    whole = sf.fit(changed, out=tmp_path / "whole")
+    assert whole.interventions == 2  # once an epoch
+    for stop in (3, 9):
+        for outcome in sf.steps(changed, out=tmp_path / "parts"):
+            if outcome.step == stop:
+                break
+    parts = sf.fit(changed, out=tmp_path / "parts")
+    assert parts.digest == whole.digest
+    assert torch.equal(parts.model.mean, whole.model.mean)
+    assert torch.isfinite(whole.model.mean).all()
+
+
+class Loss(enum.Enum):
+    MSE = 1
+    L1 = 2
+
+
+class Keeps:
+    def __init__(self, value):
+        self._value = value
+
+    def __call__(self, model, data):
+        return F.cross_entropy(model(data[0]), data[1], reduction="none")
+
+
+class Slotted(Keeps):
+    __slots__ = ("hidden",)
+
+    def __init__(self, value):
+        super().__init__(0)
+        self.hidden = value
+
+
+def closing_over(value):
+    def objective(model, data):
+        assert value is not None
+        return F.cross_entropy(model(data[0]), data[1], reduction="none")
+
+    return objective
+
+
+def with_default(value):
+    def objective(model, data, *, weight=value):
+        return F.cross_entropy(model(data[0]), data[1], reduction="none")
+
+    return objective
+
+
+@pytest.mark.parametrize("make", [Keeps, Slotted, closing_over, with_default])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (Loss.MSE, Loss.L1),
+        ({"lr": 0.01}, {"lr": 0.1}),
+        (torch.ones(3), torch.zeros(3)),
+        (nn.SmoothL1Loss(beta=1.0), nn.SmoothL1Loss(beta=0.5)),
+        (closing_over(1), closing_over(2)),
+        (frozenset("abc"), frozenset("abd")),
+    ],
+)
+def test_what_an_objective_holds_is_its_identity(make, before, after):
+    assert describe(make(before)) == describe(make(before))
+    assert describe(make(before)) != describe(make(after))
+
+
+def test_identity_is_the_same_in_every_process(tmp_path):
+    """Sets have another order in each."""
+    signature = (
+        "tags: set[str] = {'a', 'b', 'c', 'd'}, mode: Kind = Kind.A, "
+        "where: pathlib.Path = pathlib.Path('x/y')"
+    )
+    code = GOOD.replace("def recipe(", f"def recipe({signature}, ")
+    assert signature in code
+    code = "import enum, pathlib\nclass Kind(enum.Enum):\n    A = 'a'\n    B = 'b'\n" + code
+    file = write(tmp_path, code=code)
+    for _ in range(3):
+        done = surefoot("train", file, "--out", tmp_path / "run")
+        assert done.returncode == 0, done.stderr
+    other = surefoot("train", file, "mode=b", "--out", tmp_path / "run")
+    assert other.returncode == 2
+    assert "mode: Kind.A -> Kind.B" in other.stderr
+
+
+def test_lost_checkpoints_are_found(tmp_path, fit):
+    done = fit()
+    (*_, newest) = sf.open_run(done.run_dir).checkpoints()
+    shutil.rmtree(newest.path)
+    assert [f.what for f in sf.open_run(done.run_dir).verify()] == ["the newest checkpoint is missing"]
+
+
+class Moody:
+    """A source whose length changes after a while."""
+
+    def __init__(self, to):
+        self.n, self.to, self.calls = 64, to, 0
+
+    def __len__(self):
+        return self.n
+
+    def fetch(self, ids):
+        self.calls += 1
+        if self.calls == 4:
+            self.n = self.to
+        if ids.max() >= self.n:
+            raise IndexError(ids.max())
+        return torch.ones(len(ids), 8), torch.ones(len(ids), dtype=torch.int64)
+
+
+@pytest.mark.parametrize("to", [20, 80])
+def test_a_dataset_that_changes_its_length_is_an_error(tmp_path, to):
+    with pytest.raises(sf.DataError, match="samples now, and had 64"):
+        sf.fit(recipe(data=Moody(to), batch=sf.Batch(8)), out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "operations", "says"),
+    [
+        (
+            {"optimizer": lambda groups: torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)},
+            {},
+            "other parameters",
+        ),
+        ({}, {"checkpoint": {"keep_best": 2}}, "needs a validation"),
+        (
+            {"validation": sf.Validation(sf.Arrays(*blobs(16)))},
+            {"checkpoint": {"keep_best": 2, "keep_metric": "accuracy"}},
+            "checkpoint.keep_best watches 'accuracy'",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(tmp_path, changes, operations, says):
+    with pytest.raises(sf.UsageError, match=says):
+        sf.fit(recipe(**changes), out=tmp_path / "run", operations=sf.Operations(**operations))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("out", ["x" * 300, "a\0b"])
+def test_paths_that_are_none(tmp_path, out):
+    with pytest.raises(sf.RunDirectoryError):
+        sf.fit(recipe(), out=f"{tmp_path}/{out}")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"checkpoint": {"keep_last": True}},
+        {"data": {"workers": True}},
+        {"budget": {"cost": float("inf"), "price_per_hour": 1.0}},
+        {"budget": {"time": "3ep"}},
+        {"hang_after": "soon"},
+        {"data": {"timeout": 5}},
+    ],
+)
+def test_wrong_operations(wrong):
+    with pytest.raises(sf.OperationsError):
+        sf.Operations(**wrong)
+
+
+def test_the_process_is_left_as_it_was(tmp_path):
+    threads = torch.get_num_threads()
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    expected = torch.rand(1), np.random.rand(), random.random()
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    sf.fit(recipe(), out=tmp_path / "run", operations=sf.Operations(compute={"threads": threads + 1}))
+    assert (torch.rand(1), np.random.rand(), random.random()) == expected
+    assert torch.get_num_threads() == threads
+
+
+def test_a_finished_run_leaves_nothing_that_is_of_no_use(fit):
+    done = fit()
+    assert {p.name for p in done.run_dir.iterdir()} == {
+        "run.json", "events.jsonl", "steps", "checkpoints", "LOCK",
+    }  # fmt: skip
+
+
+def test_a_process_that_waits_for_the_lock_never_gets_one_without_a_name(tmp_path):
+    """The holder removes the file, or another takes it over, while two processes wait."""
+    code = textwrap.dedent("""
+        import sys, time, pathlib
+        from surefoot.record import lock
+        file = pathlib.Path(sys.argv[1])
+        mine = lock.take(file, [])
+        print("has it", flush=True)
+        time.sleep(float(sys.argv[2]))
+        if len(sys.argv) > 3:
+            file.unlink()
+        mine.release()
+    """)
+
+    def start(*arguments):
+        command = [sys.executable, "-c", code, str(tmp_path / "LOCK"), *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    first = start("1.5", "remove")
+    assert first.stdout.readline() == "has it\n"
+    second = start("4")
+    assert second.stdout.readline() == "has it\n"
+    third = start("0")
+    _, err = third.communicate(timeout=30)
+    assert "in use by process" in err, err
+    assert (first.wait(), second.wait()) == (0, 0)

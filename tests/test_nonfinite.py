@@ -117,7 +117,7 @@ def test_the_device_path_decides_as_the_host_path(monkeypatch):
                     torch.full_like(p, 1e30)  # dirt
                     p.grad = torch.ones_like(p) if step % 3 else torch.full_like(p, torch.nan)
                 permitted = torch.tensor(bool(step % 3))
-                updater.apply(permitted, step=step, multiplier=1.0, base=[0.1])
+                updater.apply(permitted, step=step, multiplier=1.0, base=[0.1], grad_norm=torch.tensor(1.0))
             ends.append([p.detach().clone() for p in params])
         assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 

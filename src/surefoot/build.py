@@ -20,6 +20,7 @@ from surefoot.checkpoint.writer import Writer
 from surefoot.data.feed import Feed
 from surefoot.data.plan import Cadence, Plan
 from surefoot.data.sources import describe_source
+from surefoot.environment import code_commit, command_line, environment
 from surefoot.errors import (
     DataError,
     OperationsError,
@@ -27,25 +28,20 @@ from surefoot.errors import (
     SurefootError,
     nearest,
 )
-from surefoot.identity import (
-    code_commit,
-    command_line,
-    describe,
-    describe_model,
-    environment,
-)
+from surefoot.identity import describe, describe_model
 from surefoot.keep import Auto, Keeper
 from surefoot.keys import key
 from surefoot.measure.evaluate import Evaluation
 from surefoot.measure.readings import Readings
 from surefoot.model import make_model, physical_rows
 from surefoot.operations import Operations, seconds
+from surefoot.optim.buffers import Buffers
 from surefoot.optim.groups import parameter_groups, table
 from surefoot.optim.patience import EarlyStopping, Patience
 from surefoot.optim.precision import Precision
 from surefoot.optim.schedules import Plateau, Resolved, resolve
 from surefoot.optim.specs import build_optimizer
-from surefoot.optim.update import Buffers, Updater
+from surefoot.optim.update import Updater
 from surefoot.parallel.device import choose_device
 from surefoot.parallel.single import Single
 from surefoot.protocols import KeyedSource, Objective, Weighing
@@ -104,6 +100,7 @@ def build(
         what = type(operations).__name__
         raise OperationsError(f"expected Operations, got {what}.", fix='Operations(device="cpu")')
     folder.holds_run()  # complain before the work
+    threads_before = torch.get_num_threads()
     device = choose_device(
         operations.device,
         threads=operations.compute.threads,
@@ -127,7 +124,7 @@ def build(
     identity = _identity(recipe, plan, model, origin)
     parts, state, groups = _assemble(recipe, operations, model, device, plan, schedule)
     evaluation = _evaluation(recipe, operations, parts, plan)
-    _check_watched(recipe, schedule, evaluation, model)
+    _check_watched(recipe, operations, schedule, evaluation, model)
     compiled = operations.compute.compile == "on"
     identity |= {
         "total_updates": total,
@@ -180,6 +177,7 @@ def build(
         price_per_s=operations.budget.price_per_hour / 3600,
         hang_after_s=seconds(operations.hang_after, name="hang_after"),
         early_stopping_metric=recipe.early_stopping.metric if recipe.early_stopping else "",
+        threads_before=threads_before,
         fresh=record.attempt == 1,
         readings=Readings(device),
     )
@@ -198,6 +196,12 @@ def _assemble(
     decays = getattr(recipe.optimizer, "weight_decay", None) != 0
     grouped = parameter_groups(model, recipe.groups, decays=decays)
     optimizer = build_optimizer(recipe.optimizer, grouped)
+    if not all("lr_scale" in g and "lr" in g for g in optimizer.param_groups):
+        raise RecipeError(
+            f"optimizer {type(optimizer).__name__} was built over other parameters than it was given.",
+            why="surefoot sets the learning rate of the groups that it makes.",
+            fix="Pass the groups on: lambda groups: MyOptimizer(groups, lr=0.1).",
+        )
     base_lr = [float(g["lr"]) * g["lr_scale"] for g in optimizer.param_groups]
     if not all(math.isfinite(lr) for lr in base_lr):
         raise RecipeError(f"optimizer: the learning rate is {base_lr[0]}.", fix="Give a finite one.")
@@ -344,6 +348,7 @@ def _evaluation(recipe: Recipe, operations: Operations, parts: Parts, plan: Plan
         parts.device,
         operations.data.workers,
         operations.data.prefetch,
+        timeout_s=seconds(operations.data.timeout, name="data.timeout"),
         name="validation",
     )
     draws = key(recipe.seed, "validation")
@@ -357,15 +362,22 @@ def _evaluation(recipe: Recipe, operations: Operations, parts: Parts, plan: Plan
 
 
 def _check_watched(
-    recipe: Recipe, schedule: Resolved, evaluation: Evaluation | None, model: nn.Module
+    recipe: Recipe,
+    operations: Operations,
+    schedule: Resolved,
+    evaluation: Evaluation | None,
+    model: nn.Module,
 ) -> None:
     """Tries the validation on one batch, and that what is watched is among its metrics."""
     watched = {"early_stopping": recipe.early_stopping.metric} if recipe.early_stopping else {}
     if schedule.plateau is not None:
         watched["plateau"] = schedule.plateau[1].metric
+    if operations.checkpoint.keep_best:
+        watched["checkpoint.keep_best"] = operations.checkpoint.keep_metric
     if evaluation is None:
         if watched:
-            raise RecipeError("plateau needs a validation.", why="It watches a validation metric.")
+            who = " and ".join(watched)
+            raise RecipeError(f"{who} needs a validation.", why="It watches a validation metric.")
         return
     try:
         known = evaluation(model, most=1) or {}

@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import ast
+import enum
 import functools
 import hashlib
 import inspect
 import json
 import math
-import os
-import platform
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import surefoot
 from surefoot.measure.digest import digest
 
-_FOREIGN = ("torch", "numpy", "torchmetrics", "builtins")
+_LIBRARIES = {"torch", "numpy", "torchmetrics", "builtins", *sys.stdlib_module_names}
 
 
-def describe(value: Any) -> Any:
+def _is_library(module: str) -> bool:
+    """Whether code of this module counts by its name only."""
+    file = str(getattr(sys.modules.get(module), "__file__", ""))
+    return module.split(".")[0] in _LIBRARIES or ("site-packages" in file and module[:8] != "surefoot")
+
+
+def describe(value: Any, within: tuple[int, ...] = ()) -> Any:
     """JSON that tells what a value does: numbers as they are, specs by their fields, functions by
     name and code. Two values with equal descriptions train alike, as far as can be told cheaply.
+
+    Args:
+        within: ids of the values that this one is a part of, since some contain themselves.
     """
     match value:
+        case enum.Enum():
+            return f"{type(value).__qualname__}.{value.name}"
         case None | bool() | int() | str():
             return value
         case float():
@@ -40,35 +47,59 @@ def describe(value: Any) -> Any:
         case np.generic():
             return describe(value.item())
         case Tensor() | np.ndarray():
-            data = np.ascontiguousarray(value.detach().cpu() if isinstance(value, Tensor) else value)
-            return f"array {data.shape} {data.dtype} {_short(data.tobytes())}"
+            return _describe_array(value)
+    if id(value) in within or len(within) > _DEEPEST:
+        return type(value).__qualname__
+    within = (*within, id(value))
+    match value:
         case Mapping():
-            return {str(name): describe(part) for name, part in value.items()}
+            return {str(name): describe(part, within) for name, part in value.items()}
         case tuple() | list():
-            return [describe(part) for part in value]
+            return [describe(part, within) for part in value]
+        case set() | frozenset():
+            return sorted((describe(part, within) for part in value), key=repr)
         case functools.partial():
-            keywords = describe(value.keywords)
-            return {"": describe(value.func), "args": describe(value.args), **keywords}
+            keywords = describe(value.keywords, within)
+            return {"": describe(value.func, within), "args": describe(value.args, within), **keywords}
     if is_dataclass(value) and not isinstance(value, type):
-        parts = {f.name: describe(getattr(value, f.name)) for f in fields(value)}
+        parts = {f.name: describe(getattr(value, f.name), within) for f in fields(value)}
         return {"": type(value).__qualname__, **parts}
     if inspect.isroutine(value) or isinstance(value, type):
-        return _describe_code(value)
+        return _describe_code(value, within)
     if isinstance(value, nn.Module):
         return describe_model(value)
-    if not hasattr(value, "__dict__") and " at 0x" not in repr(value):
-        return repr(value)
-    attributes = {
-        name: describe(part)
-        if isinstance(part, _PLAIN) or inspect.isroutine(part)
-        else type(part).__qualname__
-        for name, part in getattr(value, "__dict__", {}).items()
-        if not name.startswith("_")
+    code = _describe_code(type(value), within)
+    if _is_library(type(value).__module__):  # its inner state means nothing here
+        return code if " at 0x" in repr(value) else repr(value)
+    told = {
+        name: describe(part, within)
+        for name, part in _attributes(value).items()
+        if not (name.startswith("_") and isinstance(part, list | set))  # what is collected, mostly
     }
-    return {"": _describe_code(type(value)), **attributes}
+    return {"": code, **told}
 
 
-_PLAIN = (bool, int, float, str, tuple, list, dict, Tensor, np.ndarray, type(None))
+_DEEPEST = 8
+_WHOLE_BYTES = 1 << 24
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Its attributes by name, those in slots too."""
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    found = {name: getattr(value, name) for name in slots if hasattr(value, name) and name[:2] != "__"}
+    return {**found, **getattr(value, "__dict__", {})}
+
+
+def _describe_array(value: Tensor | np.ndarray[Any, Any]) -> str:
+    """Shape, dtype and a digest: of all bytes up to 16 MiB, else of some rows."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        rows = value if value.dtype != torch.bfloat16 else value.float()
+        array = rows.resolve_conj().numpy() if rows.layout == torch.strided else np.zeros(0)
+    else:
+        array = value
+    some = array if array.nbytes <= _WHOLE_BYTES else array[:: max(1, len(array) // 1024)]
+    return f"array {tuple(value.shape)} {value.dtype} {_short(np.ascontiguousarray(some).tobytes())}"
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
@@ -78,7 +109,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
         (prefix, name, describe(value))
         for prefix, module in model.named_modules()
         for name, value in sorted(vars(module).items())
-        if isinstance(value, bool | int | float | str | tuple) and name[0] != "_" and name != "training"
+        if isinstance(value, _TELLING) and name not in _OF_ANY_MODULE
     ]
     shapes = [(n, str(p.dtype), tuple(p.shape)) for n, p in model.named_parameters()]
     return {
@@ -91,26 +122,32 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _describe_code(thing: Callable[..., Any] | type) -> str:
+_TELLING = (bool, int, float, str, tuple, dict, enum.Enum)
+_OF_ANY_MODULE = set(vars(nn.Module()))
+
+
+def _describe_code(thing: Callable[..., Any] | type, within: tuple[int, ...] = ()) -> str:
     """The name, with a digest of the code for what is not of a library. Comments, layout and
-    docstrings do not count; the values a function closes over do.
+    docstrings do not count; default arguments do, and the values that a function closes over, except
+    lists and sets: these are mostly where it collects something.
     """
     name = str(getattr(thing, "__qualname__", type(thing).__qualname__))
     module = str(getattr(thing, "__module__", ""))
-    if module.split(".")[0] in (*_FOREIGN, "surefoot"):
+    if _is_library(module) or module.split(".")[0] == "surefoot":
         return f"{module}.{name}"
-    closure = getattr(thing, "__closure__", None) or ()
-    held = [c.cell_contents for c in closure if _is_plain(c)]
+    held = [c.cell_contents for c in getattr(thing, "__closure__", None) or () if _is_filled(c)]
     held += list(getattr(thing, "__defaults__", None) or ())
-    plain = [describe(h) for h in held if isinstance(h, bool | int | float | str | tuple)]
+    held.append(getattr(thing, "__kwdefaults__", None))
+    plain = [describe(h, (*within, id(thing))) for h in held if not isinstance(h, list | set)]
     return f"{name}#{_short(_code(thing) + repr(plain).encode())}"
 
 
-def _is_plain(cell: Any) -> bool:
+def _is_filled(cell: Any) -> bool:
     try:
-        return isinstance(cell.cell_contents, bool | int | float | str | tuple)
-    except ValueError:  # an empty cell
+        cell.cell_contents  # noqa: B018
+    except ValueError:
         return False
+    return True
 
 
 def _code(thing: Any) -> bytes:
@@ -140,56 +177,12 @@ def _short(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
 
-def environment(device: torch.device, *, compiled: bool) -> dict[str, Any]:
-    """What the bits of a result depend on besides the recipe, and what helps to repeat it."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "surefoot": surefoot.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "platform": platform.platform(),
-        "device": f"{device.type} ({name})",
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "compiled": compiled,
-    }
-
-
-DECIDES_BITS = ("torch", "device", "cpu_capability", "threads", "compiled")
-"""Parts of the environment on which results agree to rounding only, if they differ."""
-
-
 def digest_of(identity: Mapping[str, Any]) -> str:
     """SHA-256 over what is learned: recipe, data, plan and the options of the command line."""
     parts = {name: identity[name] for name in ("recipe", "data", "plan")}
     options = identity["origin"].get("options", {})
     text = json.dumps({**parts, "options": options}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def command_line() -> list[str]:
-    """The command that began the run."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]
-
-
-def code_commit() -> str | None:
-    """The git commit of the working directory, with a ``+`` if files differ from it."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:

@@ -108,8 +108,9 @@ class Keeper:
         if isinstance(self.every, Cadence):
             self.writer.make_room(_PATIENCE_S)
         self._last = time.monotonic()
-        if not self.record.seal():
-            self._failed(OSError(28, "the step log could not be written"))
+        trouble = self.record.seal()
+        if trouble is not None:
+            self._failed(trouble)
             return
         self._refused_at[self.state.step] = self.state.num_refused
         self.writer.submit(self.state.snapshot(), self.state.step)

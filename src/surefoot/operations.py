@@ -11,14 +11,30 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from surefoot.errors import OperationsError, RecipeError, nearest
 from surefoot.types import duration
 
 _PREFIX = "SUREFOOT_"
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+
+
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_no_flag), Field(ge=0)]
+Positive = Annotated[int, BeforeValidator(_no_flag), Field(ge=1)]
 
 
 class _Section(BaseModel):
@@ -92,8 +108,12 @@ class BudgetOperations(_Section):
 
     time: str | None = Field(None, description='wall time: "2h"')
     updates: Positive | None = Field(None, description="attempted updates")
-    cost: Annotated[float, Field(gt=0)] | None = Field(None, description="money, at price_per_hour")
-    price_per_hour: Annotated[float, Field(ge=0)] = Field(0.0, description="of this machine")
+    cost: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="money, at price_per_hour"
+    )
+    price_per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.0, description="of this machine"
+    )
 
     @field_validator("time")
     @classmethod

@@ -9,8 +9,9 @@ from typing import Any
 from surefoot.checkpoint.kept import Checkpoint, list_checkpoints
 from surefoot.checkpoint.retention import Retention
 from surefoot.checkpoint.store import DirectoryStore
+from surefoot.environment import DECIDES_BITS
 from surefoot.errors import RunDirectoryError, StateError
-from surefoot.identity import DECIDES_BITS, differences, digest_of
+from surefoot.identity import differences, digest_of
 from surefoot.record.events import Event, read_events
 from surefoot.record.folder import RunFolder
 from surefoot.record.lock import Lock

@@ -154,6 +154,7 @@ class RunView:
         for number, offset in broken:
             what = f"line {number} is not whole or not in its place, at byte {offset}"
             findings.append(Finding("events.jsonl", what, offset))
+        findings += self._missing(events)
         log = lineage(self._rows())
         for checkpoint in self.checkpoints():
             name = f"checkpoints/{checkpoint.path.name}"
@@ -168,6 +169,15 @@ class RunView:
                 what = f"the ledger is {kept[:12]}..., but plan and log give {told and told[:12]}..."
                 findings.append(Finding(name, what))
         return findings
+
+    def _missing(self, events: list[Event]) -> list[Finding]:
+        """The newest checkpoint that the events tell of, if it is not there."""
+        names = [e["name"] for e in events if e["kind"] == "checkpointed"]
+        if not names or (self._folder.checkpoints / names[-1]).is_dir():
+            return []
+        if any(self._folder.quarantine.glob(f"{names[-1]}*")):  # told of when it was put there
+            return []
+        return [Finding(f"checkpoints/{names[-1]}", "the newest checkpoint is missing")]
 
     def _ledger_at(self, step: int, log: Columns) -> str | None:
         """The ledger after `step` attempted updates, made again from plan and log."""

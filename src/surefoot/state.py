@@ -19,9 +19,9 @@ from surefoot.checkpoint.tensors import flatten, unflatten
 from surefoot.errors import StateError
 from surefoot.guard.guard import Watch
 from surefoot.measure.digest import digest
+from surefoot.optim.buffers import Buffers
 from surefoot.optim.patience import Patience
 from surefoot.optim.precision import LossScale
-from surefoot.optim.update import Buffers
 from surefoot.record.ledger import Ledger
 
 _EXTRA, _TRANSIENT = "extra/", "transient/"

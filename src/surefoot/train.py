@@ -7,6 +7,7 @@ goes to the record, and every so often the model is validated and the state kept
 from __future__ import annotations
 
 import math
+import random
 import time
 import traceback
 from collections.abc import Generator, Iterator
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from surefoot.data.feed import Feed
@@ -32,7 +34,6 @@ from surefoot.stopping import Budget, NoLongerWaiting, StopRequest, signals_ask
 from surefoot.train_step import Attempt, Parts, train_step
 from surefoot.types import Minibatch, Outcome, Slots
 
-
 _LEAVE_S = 10.0
 """How long a process that has lost the run waits for its writer to notice."""
 
@@ -43,7 +44,8 @@ class Run:
 
     total: updates in the whole run. validate: when, besides at its end. fresh: nothing of it was kept
     before. price_per_s: of a second of this machine, or 0. hang_after_s: without a step or a batch of
-    validation, after which the threads' stacks are written down.
+    validation, after which the threads' stacks are written down. threads_before: of this process, for
+    torch's kernels, to be put back.
     """
 
     parts: Parts
@@ -59,6 +61,7 @@ class Run:
     price_per_s: float
     hang_after_s: float
     early_stopping_metric: str
+    threads_before: int
     fresh: bool
     readings: Readings[_Label]
     stop: StopRequest = field(default_factory=StopRequest)
@@ -84,6 +87,7 @@ def steps(run: Run) -> Iterator[Outcome]:
     Every way out of the loop leaves the directory in order: a request to stop, or a caller that stops
     iterating, keeps the state; an error leaves the last checkpoint as it is.
     """
+    generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         with signals_ask(run.stop), _watched(run):
             run.status = yield from _attempt(run)
@@ -103,6 +107,11 @@ def steps(run: Run) -> Iterator[Outcome]:
     except BaseException as error:
         _fail(run, error)
         raise
+    finally:  # the process is the caller's
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])
+        torch.set_rng_state(generators[2])
+        torch.set_num_threads(run.threads_before)
 
 
 def first_failure(what: str, error: Exception) -> RecipeError:
@@ -308,6 +317,8 @@ def _end(run: Run, **facts: Any) -> None:
         **facts,
     )
     if kept:
+        if run.status in ("finished", "stopped_early"):
+            run.keeper.ballast.unlink(missing_ok=True)
         run.record.close()
         return
     with suppress(OSError):

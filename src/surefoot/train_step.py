@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from surefoot.errors import OperationsError, RecipeError
 from surefoot.guard.guard import Watch
 from surefoot.keys import word
+from surefoot.optim.buffers import Buffers
 from surefoot.optim.gradients import global_norm
 from surefoot.optim.precision import Precision
-from surefoot.optim.update import Buffers, Updater
+from surefoot.optim.update import Updater
 from surefoot.protocols import GradientTransform, Objective, Strategy
 from surefoot.types import Minibatch, Tree, take_rows
 
@@ -88,7 +89,11 @@ def train_step(parts: Parts, batch: Minibatch, multiplier: float) -> Attempt:
         norm = global_norm(grads) if changed is None else changed
 
     ratio, applied = parts.updater.apply(
-        permitted, step=batch.slots.step, multiplier=multiplier, base=parts.base_lr
+        permitted,
+        step=batch.slots.step,
+        multiplier=multiplier,
+        base=parts.base_lr,
+        grad_norm=norm,
     )
     parts.buffers.settle(applied, on_host=parts.device.type == "cpu")
     loss_scale = None

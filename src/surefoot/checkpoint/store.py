@@ -174,22 +174,32 @@ class DirectoryStore:
     def _frozen(
         self, temporary: Path, tensors: Mapping[str, Tensor], before: list[Checkpoint]
     ) -> dict[str, Any]:
-        """Tensors that training does not change: a link to the newest checkpoint's file, if that holds the
-        same bytes and is sound, else a new file.
+        """Tensors that training does not change: a link to a file that is there already and holds the same
+        bytes. There are two such files, which checkpoints take in turn, so that damage to one of them does
+        not reach all checkpoints.
         """
+        name = "frozen.safetensors"
         sha = hashlib.sha256()
         for chunk in safetensors_chunks(tensors):
             sha.update(chunk)
-        name = "frozen.safetensors"
-        for checkpoint in reversed(before[-1:]):
+        copies: dict[int, tuple[Checkpoint, dict[str, Any]]] = {}  # by inode; the least recently used first
+        for checkpoint in before:
             try:
-                entry: dict[str, Any] = checkpoint.manifest()["files"].get(name, {})
-                same = entry.get("sha256") == sha.hexdigest()
-                if same and (checkpoint.seq in self._verified or self._reads_as(checkpoint, entry)):
+                entry = checkpoint.manifest()["files"].get(name, {})
+                if entry.get("sha256") == sha.hexdigest():
+                    inode = (checkpoint.path / name).stat().st_ino
+                    copies.pop(inode, None)
+                    copies[inode] = checkpoint, entry
+            except (StateError, OSError):
+                continue
+        if len(copies) > 1:
+            checkpoint, entry = next(iter(copies.values()))
+            try:
+                if checkpoint.seq in self._verified or self._reads_as(checkpoint, entry):
                     os.link(checkpoint.path / name, temporary / name)
-                    return entry
-            except (StateError, OSError):  # damaged, or a file system without links
-                break
+                    return dict(entry)
+            except OSError:  # a file system without links
+                pass
         return write_durably(temporary / name, safetensors_chunks(tensors))
 
     def _reads_as(self, checkpoint: Checkpoint, entry: Mapping[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ def run_order(order: Order, out: Console, err: Console) -> int:
         )
     origin = {"file": order.file.name, "options": options}
     built = build(recipe, folder, operations, origin=origin, fresh=order.fresh)
-    command = " ".join(["surefoot", *sys.argv[1:]])
+    command = shlex.join(["surefoot", *sys.argv[1:]])
     if built.run is None:
         done = result(built)
         ended = f"{folder.path} has ended already: {done.status} after {done.step:,} updates"
@@ -92,7 +93,7 @@ def _verdict(done: Result, seconds: float | None, out: Console, command: str) ->
     if done.interventions:
         out.print(f"  refused updates: {done.interventions}", style="yellow")
     out.print(f"  digest {done.digest[:16]}  ledger {done.ledger[:16]}")
-    path = done.run_dir
+    path = shlex.quote(str(done.run_dir))
     if done.status == "preempted":
         out.print(f"next: {command}", markup=False, soft_wrap=True)
         return

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import signal
-import threading
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -18,6 +13,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from surefoot.data.plan import Plan
+from surefoot.data.workers import LOOKS_S, as_it_is, end, enter, next_of, started
 from surefoot.errors import DataError
 from surefoot.keys import key, words
 from surefoot.protocols import KeyedSource
@@ -25,8 +21,6 @@ from surefoot.types import HOLE, Minibatch, Slots, Tree, leaves, map_leaves
 
 _MOST_REPLACED = 3
 """Replacements without one batch between them."""
-_LOOKS_S = 1.0
-"""How often whoever waits for a worker looks whether it is alive."""
 
 
 def _unheard(kind: str, **facts: Any) -> None:
@@ -78,10 +72,10 @@ class Feed:
         """
         step, num_replaced = start, 0
         while step < stop:
-            workers = _started(self._loader(step, stop))
+            workers = started(self._loader(step, stop))
             try:
                 while step < stop:
-                    data, trouble = _next(workers, self.timeout_s)
+                    data, trouble = next_of(workers, self.timeout_s)
                     if trouble:
                         num_replaced += 1
                         self.notice("worker_replaced", step=step, source=self.name, **trouble)
@@ -91,7 +85,7 @@ class Feed:
                     yield self._minibatch(self.plan.at(step), data)
                     step, num_replaced = step + 1, 0
             finally:
-                _end(workers)
+                end(workers)
 
     def _loader(self, start: int, stop: int) -> DataLoader[Tree]:
         return DataLoader(
@@ -100,9 +94,9 @@ class Feed:
             sampler=range(start, stop),
             num_workers=min(self.workers, stop - start),
             prefetch_factor=self.prefetch,
-            collate_fn=_as_it_is,
-            worker_init_fn=_enter_worker,
-            timeout=_LOOKS_S,
+            collate_fn=as_it_is,
+            worker_init_fn=enter,
+            timeout=LOOKS_S,
             multiprocessing_context="fork",
             generator=torch.Generator(),  # or it would draw from the global one
         )
@@ -110,7 +104,21 @@ class Feed:
     def at(self, step: int) -> Minibatch:
         """The batch of one step, fetched in this process."""
         slots = self.plan.at(step)
-        return self._minibatch(slots, self.fetch(slots))
+        try:
+            data = self.fetch(slots)
+        except Exception:
+            self._check_length()  # the likelier reason
+            raise
+        return self._minibatch(slots, data)
+
+    def _check_length(self) -> None:
+        if len(self.source) != self.plan.num_samples:
+            raise DataError(
+                f"{self.name} has {len(self.source):,} samples now, and had {self.plan.num_samples:,} when "
+                "the run began.",
+                why="Which samples are in which step depends on how many there are.",
+                fix="Restore the data, or train on the new ones with another --out.",
+            )
 
     def fetch(self, slots: Slots) -> Tree:
         """Rows for all slots, on the CPU. Holes get a copy of a sample of the same batch: a row of
@@ -130,6 +138,7 @@ class Feed:
 
     def _minibatch(self, slots: Slots, data: Tree) -> Minibatch:
         rows = len(slots.ids)
+        self._check_length()
         for leaf in leaves(data):
             if isinstance(leaf, Tensor) and (leaf.ndim == 0 or len(leaf) != rows):
                 raise DataError(
@@ -153,43 +162,14 @@ class Feed:
         return leaf.to(self.device, non_blocking=True)
 
 
-def _processes(workers: Any) -> list[Any]:
-    """The processes behind torch's iterator, which has no public name for them."""
-    return list(getattr(workers, "_workers", ()))
+class _Fetches(TorchDataset[Tree]):
+    """What a worker runs: step -> rows."""
 
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
 
-def _started(loader: DataLoader[Tree]) -> Iterator[Tree]:
-    """The loader's iterator, with its workers running.
-
-    Torch has the death of a worker raise an error in whatever the main thread does at that moment, within
-    an update too. That handler is taken back: whoever waits for the worker notices.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return iter(loader)
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        return iter(loader)
-    finally:
-        signal.signal(signal.SIGCHLD, before)
-
-
-def _next(workers: Iterator[Tree], timeout_s: float) -> tuple[Tree, dict[str, Any]]:
-    """The next rows; or, if none come, which workers died or hang."""
-    begun = time.monotonic()
-    while True:
-        try:
-            return next(workers), {}
-        except RuntimeError as error:
-            known = "exited unexpectedly" in str(error) or "timed out after" in str(error)
-            if not known:  # an error within the dataset
-                raise
-        processes = _processes(workers)
-        dead = {p.pid: p.exitcode for p in processes if p.exitcode is not None}
-        if dead:
-            codes = [dead[pid] for pid in sorted(dead)]
-            return None, {"reason": "died", "workers": sorted(dead), "exit_codes": codes}
-        if time.monotonic() - begun > timeout_s:
-            return None, {"reason": "hung", "workers": [p.pid for p in processes]}
+    def __getitem__(self, step: int) -> Tree:
+        return self._feed.fetch(self._feed.plan.at(step))
 
 
 def _given_up(name: str, step: int, trouble: dict[str, Any]) -> DataError:
@@ -201,44 +181,3 @@ def _given_up(name: str, step: int, trouble: dict[str, Any]) -> DataError:
         fix="Look at the samples of this step (open_run(...).plan.ids(step)) with data.workers=0; or "
         "give fewer workers, or a longer data.timeout.",
     )
-
-
-def _end(workers: Any) -> None:
-    """Ends worker processes without waiting for one that hangs."""
-    for process in _processes(workers):
-        if process.exitcode is None:
-            process.kill()
-
-
-class _Fetches(TorchDataset[Tree]):
-    """What a worker runs: step -> rows."""
-
-    def __init__(self, feed: Feed) -> None:
-        self._feed = feed
-
-    def __getitem__(self, step: int) -> Tree:
-        return self._feed.fetch(self._feed.plan.at(step))
-
-
-def _as_it_is(fetched: Tree) -> Tree:
-    """Torch's default would turn arrays into tensors and tuples into lists."""
-    return fetched
-
-
-def _outlive_one(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)
-
-
-def _enter_worker(_: int) -> None:
-    """A worker leaves Ctrl-C to the main process, and dies with it even if that is killed.
-
-    A scheduler sends SIGTERM to all processes of a job: the first is for the main process, which then
-    finishes its step; a second one, as torch's loader sends to a worker that hangs, ends the worker.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _outlive_one)
-    try:
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    except (OSError, AttributeError):  # not Linux: torch's own watchdog ends it within seconds
-        pass

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 _LOOKS_S = 1.0
@@ -44,9 +45,18 @@ class HangWatch:
         self._done.set()
         self._thread.join(_LOOKS_S)
 
+    def _sweep(self) -> None:
+        """Removes the empty files of processes that were killed, and the folder if nothing is in it."""
+        with suppress(OSError):
+            for left in self._folder.glob("hang-*.txt"):
+                if left.stat().st_size == 0:
+                    left.unlink()
+            self._folder.rmdir()
+
     def _watch(self) -> None:
         path = self._folder / f"hang-{os.getpid()}.txt"
         try:
+            self._sweep()
             self._folder.mkdir(exist_ok=True)
             file = path.open("wb")
         except OSError:
@@ -65,7 +75,5 @@ class HangWatch:
                     self._notice(time.monotonic() - since, path)
         finally:
             faulthandler.cancel_dump_traceback_later()
-            empty = file.tell() == 0 and path.stat().st_size == 0
             file.close()
-            if empty:
-                path.unlink(missing_ok=True)
+            self._sweep()

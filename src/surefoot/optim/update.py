@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor
 from torch.optim import Optimizer
 
 from surefoot.optim.gradients import global_norm
+
+_WELL_KNOWN = {
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.NAdam,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+}
+_FAR_FROM_OVERFLOW = 1e15
 
 
 class Updater:
@@ -35,6 +45,12 @@ class Updater:
         self._unmeasured = torch.tensor(torch.nan, device=self.params[0].device)
         on_device = self.params[0].device.type == "cuda"
         self._asks_device = on_device and all(g.get("fused") for g in optimizer.param_groups)
+        self._size = global_norm(self.params).item()
+        groups = optimizer.param_groups
+        self._largest_lr = max(float(g["lr"]) for g in groups)
+        half = any(p.dtype == torch.float16 for p in self.params)  # in which 1e-8 is zero
+        self._well_known = type(optimizer) in _WELL_KNOWN and not half
+        self._well_known &= all(g.get("eps") != 0 and abs(g.get("momentum") or 0.0) < 1 for g in groups)
         if self._asks_device:
             self._create_momentum()
 
@@ -52,33 +68,56 @@ class Updater:
                 self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def apply(
-        self, permitted: Tensor, *, step: int, multiplier: float, base: list[float]
+        self,
+        permitted: Tensor,
+        *,
+        step: int,
+        multiplier: float,
+        base: list[float],
+        grad_norm: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """One update, if `permitted` (bool, 0-d), at the rates ``base[group] * multiplier``.
 
         Returns the update ratio (2-norm of the change over 2-norm of the weights before; NaN where it is
-        not measured, 0 where the update is refused), and whether the update was applied. On a CPU a
-        measured update that turns out not to be finite (an optimizer divided zero by zero) is undone.
+        not measured, 0 where the update is refused), and whether the update was applied. On a CPU an update
+        that turns out not to be finite (it overflowed, or the optimizer divided zero by zero) is undone,
+        the optimizer's state too. That takes copies, so it is watched for where it can happen: see `_tame`.
         """
         for group, lr in zip(self.optimizer.param_groups, base, strict=True):
             group["lr"] = lr * multiplier
         if not self._asks_device and not permitted.item():
             return torch.zeros_like(self._unmeasured), permitted
         measured = step % self._every == 0
-        if measured:  # what is seldom used is not kept: it is twice the size of the weights
+        undo = None if self._asks_device or self._tame(grad_norm, multiplier) else _Undo(self.optimizer)
+        if (
+            measured or undo is not None
+        ):  # what is seldom used is not kept: it is twice the size of the weights
             before, change = self._copies or self._new_copies()
             before.take(self.params)
         if self._asks_device:
             self.optimizer.found_inf = (~permitted).float()  # type: ignore[attr-defined]
         self.optimizer.step()
-        if not measured:
+        if not measured and undo is None:
             return self._unmeasured, permitted
         change.take(self.params)
         moved = torch.linalg.vector_norm(change.all.sub_(before.all))
-        if not self._asks_device and not math.isfinite(moved.item()):
+        size = torch.linalg.vector_norm(before.all)
+        if self._asks_device:
+            return moved / size, permitted
+        self._size = size.item()
+        if not math.isfinite(moved.item()) or not (undo is None or undo.state_is_finite()):
             torch._foreach_copy_(self.params, before.parts)
+            if undo is not None:
+                undo()
             return torch.zeros_like(self._unmeasured), ~permitted
-        return moved / torch.linalg.vector_norm(before.all), permitted
+        return moved / size, permitted
+
+    def _tame(self, grad_norm: Tensor, multiplier: float) -> bool:
+        """Whether a step cannot leave the finite numbers: torch's own optimizer, which divides by nothing
+        below its eps, with numbers whose squares and sums are far from overflowing.
+        """
+        largest = max(self._size, grad_norm.item()) * max(1.0, self._largest_lr * multiplier)
+        return self._well_known and largest < _FAR_FROM_OVERFLOW
 
     def _new_copies(self) -> tuple[_Flat, _Flat]:
         return _Flat(self.params), _Flat(self.params)
@@ -86,6 +125,39 @@ class Updater:
     def finite(self) -> bool:
         """Whether all weights are."""
         return bool(torch.isfinite(global_norm(self.params)).item())
+
+
+class _Undo:
+    """The state of an optimizer before a step, to go back to."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._state = {
+            p: {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in slots.items()}
+            for p, slots in optimizer.state.items()
+        }
+
+    def state_is_finite(self) -> bool:
+        """Whether the state after the step is, where it was before."""
+        for p, slots in self._optimizer.state.items():
+            for name, value in slots.items():
+                if isinstance(value, Tensor) and value.ndim and not torch.isfinite(value).all():
+                    before = self._state.get(p, {}).get(name)
+                    if before is None or torch.isfinite(before).all():
+                        return False
+        return True
+
+    def __call__(self) -> None:
+        """Goes back."""
+        for p, slots in list(self._optimizer.state.items()):
+            if p not in self._state:
+                del self._optimizer.state[p]
+                continue
+            for name, value in self._state[p].items():
+                if isinstance(value, Tensor):
+                    slots[name].copy_(value)
+                else:
+                    slots[name] = value
 
 
 class _Flat:
@@ -103,64 +175,3 @@ class _Flat:
     def take(self, tensors: list[Tensor]) -> None:
         """Copies them."""
         torch._foreach_copy_(self.parts, tensors)
-
-
-class Buffers:
-    """Buffers that the forward pass changes (batch-norm statistics), so that it can be undone.
-
-    Those of norms always count, since torch's batch norm changes them without counting versions. Of the
-    others, what the first forward pass changes does, by value, and what changes later is noticed by its
-    version, until when its first copy is good. So constant tables cost memory once and no time.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._live = {name: b for name, b in model.named_buffers() if b.numel()}
-        self._kept: dict[str, Tensor] = {}
-        self._versions: dict[str, int] = {}
-        self._learned = False
-        norms = {
-            id(b) for m in model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)
-        }
-        self.changing = [name for name, b in self._live.items() if id(b) in norms]
-
-    def remember(self) -> None:
-        """Before the first forward pass of a step."""
-        if not self._live:
-            return
-        if not self._kept:
-            self._kept = {name: b.detach().clone() for name, b in self._live.items()}
-            self._versions = {name: b._version for name, b in self._live.items()}
-        elif self.changing:
-            torch._foreach_copy_(
-                [self._kept[name] for name in self.changing],
-                [self._live[name] for name in self.changing],
-            )
-
-    def settle(self, permitted: Tensor, *, on_host: bool) -> None:
-        """After the last one: keep the changes if `permitted` (bool, 0-d), else undo them."""
-        if not self._live:
-            return
-        for name, live in self._live.items():
-            if name not in self.changing and (
-                live._version != self._versions[name]
-                or not (self._learned or torch.equal(live, self._kept[name]))
-            ):
-                self.changing.append(name)
-        self._learned = True
-        if on_host and permitted.item():
-            return
-        for name in self.changing:
-            live, kept = self._live[name], self._kept[name]
-            live.copy_(kept if on_host else torch.where(permitted, live, kept))
-
-    def transient(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Those that change and are not among `names`: registered as not persistent."""
-        known = set(names)
-        return {name: self._live[name] for name in self.changing if name not in known}
-
-    def put_back(self, values: dict[str, Tensor]) -> None:
-        """Restores what `transient` gave, and counts it among those that change."""
-        for name, value in values.items():
-            self._live[name].copy_(value)
-            if name not in self.changing:
-                self.changing.append(name)

@@ -5,6 +5,7 @@ Each line has a number ``n``, counted from 1, and ends with ``"crc"``: CRC-32 of
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -46,22 +47,22 @@ class Events:
             self._waiting.append(f'{text}{_CRC}{crc32(text.encode()):08x}"}}\n'.encode())
             self._write()
 
-    def write_waiting(self) -> bool:
-        """Writes what waits; whether the disk took it."""
+    def write_waiting(self) -> OSError | None:
+        """Writes what waits; what the disk says if it does not take it."""
         with self._lock:
             return self._write()
 
-    def _write(self) -> bool:
+    def _write(self) -> OSError | None:
         try:
             while self._waiting:
                 size = os.fstat(self._fd).st_size
                 if os.write(self._fd, self._waiting[0]) < len(self._waiting[0]):
                     os.ftruncate(self._fd, size)
-                    return False
+                    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 self._waiting.popleft()
-        except OSError:
-            return False
-        return True
+        except OSError as error:
+            return error
+        return None
 
     def make_durable(self) -> None:
         """Makes everything written durable against a power cut; may be called from another thread."""

@@ -27,6 +27,15 @@ class RunFolder:
         if not isinstance(path, str | os.PathLike):
             raise RunDirectoryError(f"a run directory is a path, not {path!r}.", fix='out="runs/mine"')
         self.path = Path(path)
+        try:
+            self.path.exists()
+            os.fsencode(self.path).index(b"\0")
+        except OSError as error:
+            raise RunDirectoryError(f"{path}: {error.strerror}.", fix="Give another path.") from None
+        except ValueError:  # as it should be: no zero byte
+            pass
+        else:
+            raise RunDirectoryError(f"{str(path)!r} is no path: it has a zero byte.")
         self.identity_file = self.path / "run.json"
         self.events_file = self.path / "events.jsonl"
         self.lock_file = self.path / "LOCK"
@@ -66,7 +75,7 @@ class RunFolder:
         try:
             data = self.identity_file.read_bytes()
             identity = json.loads(data)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise RunDirectoryError(
                 f"{self.path} holds no run.", fix="Give a folder that has a run.json."
             ) from None

@@ -33,12 +33,14 @@ def take(file: Path, opened: Sequence[Path]) -> Lock:
     Raises:
         RunDirectoryError: a living process has it, or the file cannot be made.
     """
-    try:
-        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise RunDirectoryError(f"{file.parent} cannot be written to: {error.strerror}.") from None
+    fd = _opened(file)
     begun, took_over, seen = time.monotonic(), "", os.fstat(fd).st_mtime_ns
-    while not _locked(fd, fcntl.LOCK_EX):
+    while not (_locked(fd, fcntl.LOCK_EX) and _is(fd, file)):
+        if not _is(fd, file):  # another process has put a new file there, or removed it
+            os.close(fd)
+            fd = _opened(file)
+            begun, seen = time.monotonic(), os.fstat(fd).st_mtime_ns
+            continue
         waited, touched = time.monotonic() - begun, os.fstat(fd).st_mtime_ns != seen
         owner = os.pread(fd, 100, 0).decode(errors="replace").strip() or "unknown"
         if touched and waited > _PATIENCE_S:  # workers of a killed process take a moment to die
@@ -49,21 +51,42 @@ def take(file: Path, opened: Sequence[Path]) -> Lock:
                 fix="Wait for it, stop it, or give another output folder.",
             )
         if not touched and waited > _TAKEOVER_S:
+            mine = _take_over(fd, file, opened)
             os.close(fd)
-            fd, took_over = _take_over(file, opened), owner
-            break
+            fd = mine if mine is not None else _opened(file)
+            if mine is not None:
+                took_over = owner
+                break
+            begun, seen = time.monotonic(), os.fstat(fd).st_mtime_ns
         time.sleep(0.05)
     os.ftruncate(fd, 0)
     os.pwrite(fd, str(os.getpid()).encode(), 0)
     return Lock(file, fd, took_over)
 
 
-def _take_over(file: Path, opened: Sequence[Path]) -> int:
+def _opened(file: Path) -> int:
+    try:
+        return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise RunDirectoryError(f"{file.parent} cannot be written to: {error.strerror}.") from None
+
+
+def _is(fd: int, file: Path) -> bool:
+    """Whether that is still the file of this name."""
+    try:
+        mine, now = os.fstat(fd), os.stat(file)
+    except FileNotFoundError:
+        return False
+    return (mine.st_dev, mine.st_ino) == (now.st_dev, now.st_ino)
+
+
+def _take_over(stale: int, file: Path, opened: Sequence[Path]) -> int | None:
+    """The lock file of this process, put in the place of the stale one; None if another was quicker."""
     temporary = file.with_name(f".{file.name}.tmp")
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    if not _locked(fd, fcntl.LOCK_EX):
+    if not (_locked(fd, fcntl.LOCK_EX) and _is(fd, temporary) and _is(stale, file)):
         os.close(fd)
-        raise RunDirectoryError(f"{file.parent} is being taken over by another process.")
+        return None
     os.rename(temporary, file)
     for one in opened:
         if one.exists():
@@ -103,11 +126,7 @@ class Lock:
         Raises:
             RunDirectoryError: it is.
         """
-        try:
-            mine, now = os.fstat(self._fd), os.stat(self._file)
-            self.lost = self.lost or (mine.st_dev, mine.st_ino) != (now.st_dev, now.st_ino)
-        except FileNotFoundError:  # removed, not taken
-            pass
+        self.lost = self.lost or (self._file.exists() and not _is(self._fd, self._file))
         if self.lost:
             raise RunDirectoryError(
                 f"{self._file.parent} was taken over by another process.",

@@ -87,8 +87,8 @@ class StepLog:
         """Writes down how many events there are, so that a file that lost its end is noticed."""
         struct.pack_into("<Q", self._tail, EVENTS_AT, num_events)
 
-    def seal(self) -> bool:
-        """Writes the rows that only the ring holds as a block; whether the disk took all there is.
+    def seal(self) -> OSError | None:
+        """Writes the rows that only the ring holds as a block; what the disk says if it takes none.
 
         Rows that it does not take stay in the ring until that would overwrite them, then in memory.
         """
@@ -103,12 +103,12 @@ class StepLog:
             while self._waiting:
                 self._write_block(*self._waiting[0])
                 self._waiting.popleft()
-        except OSError:
+        except OSError as error:
             while len(self._waiting) > _MOST_WAITING:
                 self._waiting.popleft()
-            return False
+            return error
         struct.pack_into("<Q", self._tail, SEALED_AT, self._sealed)
-        return True
+        return None
 
     def _write_block(self, index: int, num_rows: int, payload: bytes) -> None:
         check = block_check(num_rows, index, payload)
@@ -132,8 +132,9 @@ class StepLog:
             OSError: the disk does not take the last rows.
         """
         try:
-            if not self.seal():
-                self._write_block(*self._waiting[0])  # to raise what the disk says
+            trouble = self.seal()
+            if trouble is not None:
+                raise trouble
             self.make_durable()
         finally:
             os.close(self._blocks)

@@ -32,10 +32,10 @@ class Recorder:
         self._events.add(kind, **facts)
         self._log.note_events(self._events.num_events)
 
-    def seal(self) -> bool:
-        """Writes all rows and events that wait; whether the disk took them."""
+    def seal(self) -> OSError | None:
+        """Writes all rows and events that wait; what the disk says if it does not take them."""
         rows, events = self._log.seal(), self._events.write_waiting()
-        return rows and events
+        return rows or events
 
     def make_durable(self) -> None:
         """Makes what is written durable against a power cut; may be called from another thread."""

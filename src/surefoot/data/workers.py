@@ -1,0 +1,88 @@
+"""Processes that fetch: torch's loader, with its workers watched and ended by us."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from surefoot.types import Tree
+
+LOOKS_S = 1.0
+"""How often whoever waits for a worker looks whether it is alive."""
+
+
+def _processes(workers: Any) -> list[Any]:
+    """The processes behind torch's iterator, which has no public name for them."""
+    return list(getattr(workers, "_workers", ()))
+
+
+def started(loader: DataLoader[Tree]) -> Iterator[Tree]:
+    """The loader's iterator, with its workers running.
+
+    Torch has the death of a worker raise an error in whatever the main thread does at that moment, within
+    an update too. That handler is taken back: whoever waits for the worker notices.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def next_of(workers: Iterator[Tree], timeout_s: float) -> tuple[Tree, dict[str, Any]]:
+    """The next rows; or, if none come, which workers died or hang."""
+    begun = time.monotonic()
+    while True:
+        try:
+            return next(workers), {}
+        except RuntimeError as error:
+            known = "exited unexpectedly" in str(error) or "timed out after" in str(error)
+            if not known:  # an error within the dataset
+                raise
+        processes = _processes(workers)
+        dead = {p.pid: p.exitcode for p in processes if p.exitcode is not None}
+        if dead:
+            codes = [dead[pid] for pid in sorted(dead)]
+            return None, {"reason": "died", "workers": sorted(dead), "exit_codes": codes}
+        if time.monotonic() - begun > timeout_s:
+            return None, {"reason": "hung", "workers": [p.pid for p in processes]}
+
+
+def end(workers: Any) -> None:
+    """Ends worker processes without waiting for one that hangs."""
+    for process in _processes(workers):
+        if process.exitcode is None:
+            process.kill()
+
+
+def as_it_is(fetched: Tree) -> Tree:
+    """Torch's default would turn arrays into tensors and tuples into lists."""
+    return fetched
+
+
+def _outlive_one(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+
+
+def enter(_: int) -> None:
+    """A worker leaves Ctrl-C to the main process, and dies with it even if that is killed.
+
+    A scheduler sends SIGTERM to all processes of a job: the first is for the main process, which then
+    finishes its step; a second one, as torch's loader sends to a worker that hangs, ends the worker.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _outlive_one)
+    try:
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    except (OSError, AttributeError):  # not Linux: torch's own watchdog ends it within seconds
+        pass

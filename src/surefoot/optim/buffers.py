@@ -1,0 +1,98 @@
+"""Buffers of a model, and undoing what a refused update's forward pass did to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+class Buffers:
+    """Buffers that the forward pass changes (batch-norm statistics), so that it can be undone.
+
+    Those of norms always count, since torch's batch norm changes them without counting versions. Of the
+    others, what the first forward pass changes does, by value, and what changes later is noticed by its
+    version, or by being another tensor, until when its first copy is good. So constant tables cost memory
+    once and no time.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owners: dict[str, tuple[dict[str, Tensor | None], str]] = {}
+        for prefix, module in model.named_modules():
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None and buffer.numel():
+                    name = f"{prefix}.{leaf}" if prefix else leaf
+                    self._owners[name] = (module._buffers, leaf)
+        self._kept: dict[str, Tensor] = {}
+        self._first: dict[str, tuple[int, int]] = {}
+        self._learned = False
+        norms = {
+            id(b) for m in model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)
+        }
+        self.changing = [name for name in self._owners if id(self._live(name)) in norms]
+
+    def _live(self, name: str) -> Tensor:
+        """The buffer as it is now: a model may put another tensor in its place."""
+        buffers, leaf = self._owners[name]
+        found = buffers[leaf]
+        assert found is not None
+        return found
+
+    def remember(self) -> None:
+        """Before the first forward pass of a step."""
+        if not self._owners:
+            return
+        if not self._kept:
+            live = {name: self._live(name) for name in self._owners}
+            self._kept = {name: b.detach().clone() for name, b in live.items()}
+            self._first = {name: (id(b), b._version) for name, b in live.items()}
+        elif self.changing:
+            now = [self._live(name) for name in self.changing]
+            kept = [self._kept[name] for name in self.changing]
+            if all(n.shape == k.shape and n.dtype == k.dtype for n, k in zip(now, kept, strict=True)):
+                torch._foreach_copy_(kept, now)
+            else:
+                self._kept |= {n: b.detach().clone() for n, b in zip(self.changing, now, strict=True)}
+
+    def settle(self, permitted: Tensor, *, on_host: bool) -> None:
+        """After the last one: keep the changes if `permitted` (bool, 0-d), else undo them."""
+        if not self._owners:
+            return
+        for name in self._owners:
+            if name in self.changing:
+                continue
+            live = self._live(name)
+            same = (id(live), live._version) == self._first[name]
+            if not same or not (self._learned or torch.equal(live, self._kept[name])):
+                self.changing.append(name)
+        self._learned = True
+        if on_host and permitted.item():
+            return
+        for name in self.changing:
+            live, kept = self._live(name), self._kept[name]
+            if live.shape != kept.shape or live.dtype != kept.dtype:
+                self._put(name, kept.clone())
+            else:
+                live.copy_(kept if on_host else torch.where(permitted, live, kept))
+
+    def _put(self, name: str, value: Tensor) -> None:
+        buffers, leaf = self._owners[name]
+        buffers[leaf] = value
+
+    def transient(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Those that change and are not among `names`: registered as not persistent."""
+        known = set(names)
+        return {name: self._live(name) for name in self.changing if name not in known}
+
+    def put_back(self, values: dict[str, Tensor]) -> None:
+        """Restores what `transient` gave, and counts it among those that change."""
+        for name, value in values.items():
+            live = self._live(name)
+            if live.shape == value.shape:
+                live.copy_(value)
+            else:
+                self._put(name, value.to(live.device))
+            if name not in self.changing:
+                self.changing.append(name)

@@ -472,13 +472,13 @@ def test_a_request_to_stop_does_not_wait_for_a_batch(tmp_path, workers):
 
 
 def overflowing(hidden):
-    """A gradient that is finite and a step that is not: 1e37 times a rate of 1000."""
+    """A gradient that is finite and a step that is not: 1e10 times a rate of 1e30."""
 
     def objective(model, data):
         x, y, big = data
         outputs = model(x)
         losses = F.cross_entropy(outputs, y, reduction="none")
-        return torch.where(big > 0, outputs[:, 0] * 1e37, losses * 1e-3)
+        return torch.where(big > 0, outputs[:, 0] * 1e10, losses * 1e-32)
 
     x, y = blobs(64)
     big = np.zeros(64, np.float32)
@@ -487,7 +487,7 @@ def overflowing(hidden):
         model=lambda: nn.Sequential(nn.Linear(8, hidden), nn.ReLU(), nn.Linear(hidden, 3)),
         data=sf.Arrays(x, y, big),
         objective=objective,
-        optimizer=sf.SGD(lr=1000.0, momentum=0.9),
+        optimizer=sf.SGD(lr=1e30, momentum=0.9),
         batch=sf.Batch(8, shuffle=False),
         until=8,
     )
@@ -503,6 +503,8 @@ def test_an_update_that_overflows_is_undone_whatever_the_size(tmp_path, hidden):
     log = sf.open_run(tmp_path / "run").log()
     assert log["permitted"].tolist() == [True] * 4 + [False] + [True] * 3
     assert torch.equal(weights[4], weights[3])
+    skipped = [e for e in sf.open_run(tmp_path / "run").events() if e["kind"] == "skipped"]
+    assert [e["reason"] for e in skipped] == ["the optimizer's update is not finite"]
 
 
 class Reassigned(nn.Module):

@@ -60,6 +60,10 @@ class StateError(SurefootError):
     """Kept state is missing, torn or altered."""
 
 
+class FormatError(StateError):
+    """Kept state is whole, but of a format that this version does not read."""
+
+
 FailureClass = Literal["out_of_memory", "disk", "signal", "user", "state", "unknown"]
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN)
 

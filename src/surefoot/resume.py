@@ -10,7 +10,7 @@ from surefoot.checkpoint.kept import Checkpoint, list_checkpoints
 from surefoot.checkpoint.retention import Retention
 from surefoot.checkpoint.store import DirectoryStore
 from surefoot.environment import DECIDES_BITS
-from surefoot.errors import RunDirectoryError, StateError
+from surefoot.errors import FormatError, RunDirectoryError, StateError
 from surefoot.identity import differences, digest_of
 from surefoot.record.events import Event, read_events
 from surefoot.record.folder import RunFolder
@@ -97,6 +97,8 @@ def _identity_of(
     """
     try:
         return folder.identity(), []
+    except FormatError:
+        raise
     except StateError as error:
         for checkpoint in reversed(list_checkpoints(folder.checkpoints)):
             try:

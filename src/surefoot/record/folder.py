@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from surefoot.durable import sync_directory
-from surefoot.errors import RunDirectoryError, StateError
+from surefoot.errors import FormatError, RunDirectoryError, StateError
 from surefoot.record.lock import Lock, is_held, take
 
 SCHEMA = 2
@@ -81,13 +81,15 @@ class RunFolder:
             ) from None
         except (OSError, ValueError) as error:
             raise StateError(f"{self.identity_file} cannot be read: {error}") from error
-        if not isinstance(identity, dict) or identity.get("schema") != SCHEMA:
-            raise StateError(
+        whole = isinstance(identity, dict)
+        whole = whole and data == _signed({k: v for k, v in identity.items() if k != "self"})
+        if whole and identity["schema"] != SCHEMA:
+            raise FormatError(
                 f"{self.identity_file} has a format that this version does not read.",
                 why=f"It reads format {SCHEMA}.",
                 fix="Use the version of surefoot that wrote it.",
             )
-        if data != _signed({k: v for k, v in identity.items() if k != "self"}):
+        if not whole:
             raise StateError(f"{self.identity_file} was altered or is torn.", fix="Restore it from a copy.")
         return identity
 

@@ -217,7 +217,7 @@ def runs(
             try:
                 summaries.append(open_run(identity.parent).summary())
             except SurefootError as error:
-                err.print(f"{identity.parent}: {error}", style="yellow", markup=False)
+                err.print(f"{identity.parent}: {error}", style="yellow", markup=False, soft_wrap=True)
         if as_json:
             tables.print_json(summaries)
         elif summaries:

@@ -74,16 +74,16 @@ class RunFolder:
         """
         try:
             data = self.identity_file.read_bytes()
-            identity = json.loads(data)
+            identity: Any = json.loads(data)
         except (FileNotFoundError, NotADirectoryError):
             raise RunDirectoryError(
                 f"{self.path} holds no run.", fix="Give a folder that has a run.json."
             ) from None
         except (OSError, ValueError) as error:
             raise StateError(f"{self.identity_file} cannot be read: {error}") from error
-        whole = isinstance(identity, dict)
-        whole = whole and data == _signed({k: v for k, v in identity.items() if k != "self"})
-        if whole and identity["schema"] != SCHEMA:
+        found: dict[str, Any] = identity if isinstance(identity, dict) else {}
+        whole = data == _signed({k: v for k, v in found.items() if k != "self"})
+        if whole and found["schema"] != SCHEMA:
             raise FormatError(
                 f"{self.identity_file} has a format that this version does not read.",
                 why=f"It reads format {SCHEMA}.",
@@ -91,7 +91,7 @@ class RunFolder:
             )
         if not whole:
             raise StateError(f"{self.identity_file} was altered or is torn.", fix="Restore it from a copy.")
-        return identity
+        return found
 
     def create(self, identity: dict[str, Any], *, run: str = "") -> str:
         """Writes ``run.json``, wholly or not at all; returns the run's id, a new one if none is given."""

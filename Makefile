@@ -33,6 +33,9 @@ soak: setup
 bench: setup
 	$(BIN)/python benchmarks/loop.py --out benchmarks/results/loop.json
 	$(BIN)/python benchmarks/log.py --out benchmarks/results/log.json
+	$(BIN)/python benchmarks/restart.py --out benchmarks/results/restart.json
+	$(BIN)/python benchmarks/checkpoint.py --out benchmarks/results/checkpoint.json
+	$(BIN)/python benchmarks/goodput.py --out benchmarks/results/goodput.json
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build

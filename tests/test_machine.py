@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -73,6 +74,40 @@ def test_a_disk_that_stays_full_ends_with_an_error_and_the_last_good_state(tmp_p
     assert (sf.open_run(path).status, sf.open_run(path).checkpoints()[-1].step) == ("failed", 4)
     monkeypatch.undo()
     assert sf.fit(recipe(until=9), out=path).status == "finished"
+
+
+def test_a_run_directory_that_vanishes_and_comes_back(tmp_path, monkeypatch, fit):
+    """As a mount that is lost for a while."""
+    path, away = tmp_path / "run", tmp_path / "away"
+    monkeypatch.setattr("surefoot.keep._BACK_OFF_S", (0.01, 0.01))
+    for outcome in sf.steps(recipe(until=60), out=path, operations=sf.Operations(**OFTEN)):
+        if outcome.step == 10:
+            path.rename(away)
+        if outcome.step == 30:
+            away.rename(path)
+        time.sleep(0.005)
+    view = sf.open_run(path)
+    assert (view.status, view.verify()) == ("finished", [])
+    assert "checkpoint_failed" in kinds(path)
+    assert view.summary()["digest"] == fit(until=60).digest
+
+
+def test_a_run_directory_that_is_gone_for_good(tmp_path, monkeypatch):
+    monkeypatch.setattr("surefoot.keep._BACK_OFF_S", (0.01, 0.01))
+    monkeypatch.setattr("surefoot.keep._TRIES_S", (0.0, 0.01))
+    path, reached = tmp_path / "run", 0
+
+    def body():
+        nonlocal reached
+        for outcome in sf.steps(recipe(until=30), out=path, operations=sf.Operations(**OFTEN)):
+            reached = outcome.step
+            if outcome.step == 5:
+                shutil.rmtree(path)
+
+    with pytest.raises(sf.StateError, match="could not be written"):
+        body()
+    assert reached == 29  # it went on as long as it could
+    assert not path.exists()
 
 
 def test_a_slow_disk_does_not_hold_training_up(tmp_path, monkeypatch):

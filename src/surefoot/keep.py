@@ -18,6 +18,8 @@ from surefoot.state import RunState
 _CERTIFIED_AFTER = 100
 _LEAST_AUTO_S = 10.0
 _PATIENCE_S = 30.0
+_TRIES_S = (0.0, 1.0, 4.0)
+"""Pauses before each try to write the last state of a run."""
 _BACK_OFF_S = (1.0, 60.0)
 _BALLAST_BYTES = (1 << 20, 64 << 20)
 
@@ -69,6 +71,7 @@ class Keeper:
     _retry_at: float = 0.0
     _candidates: list[_Candidate] = field(default_factory=list)
     _refused_at: dict[int, int] = field(default_factory=dict)
+    _stall_s: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.every, Cadence):
@@ -116,8 +119,6 @@ class Keeper:
         self.writer.submit(self.state.snapshot(), self.state.step)
         self._stall_s = time.perf_counter() - begun
 
-    _stall_s: float = 0.0
-
     def finish(self, *, hurry: bool) -> bool:
         """Keeps the state and waits until it is durable; whether it is.
 
@@ -125,7 +126,7 @@ class Keeper:
         the deadline.
         """
         give_up = time.monotonic() + self.deadline_s
-        for wait_s in (0.0, 1.0, 4.0):
+        for wait_s in _TRIES_S:
             time.sleep(wait_s)
             self.keep()
             left = max(0.0, give_up - time.monotonic())

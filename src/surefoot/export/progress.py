@@ -68,7 +68,10 @@ class _Watcher(threading.Thread):
     def line(self) -> Text:
         """What there is to say now; that nothing can be read is no reason to stop a run."""
         try:
-            return describe(self._rows(), self._metrics(), self._total)
+            line = describe(self._rows(), self._metrics(), self._total)
+            for alarm in alarms(self._events):
+                line.append(f" · {alarm}", style="bold red")
+            return line
         except (OSError, SurefootError, ValueError) as error:
             return Text(f"progress cannot be read: {error}", style="dim")
 
@@ -84,6 +87,18 @@ class _Watcher(threading.Thread):
             self._events, _ = read_events(self._folder.events_file)
         validated = [e["metrics"] for e in self._events if e["kind"] == "validated"]
         return {name: float(value) for name, value in validated[-1].items()} if validated else {}
+
+
+def alarms(events: list[Event]) -> list[str]:
+    """What somebody should look at now: the last checkpoint failed, nothing moves."""
+    found = []
+    kept = [e for e in events if e["kind"] in ("checkpointed", "checkpoint_failed")]
+    if kept and kept[-1]["kind"] == "checkpoint_failed":
+        newest = kept[-1]["newest_good"]
+        found.append(f"CHECKPOINT FAILED ({kept[-1]['error']}), newest good: {newest}; trying again")
+    if events and events[-1]["kind"] == "hang":
+        found.append(f"NOTHING MOVES since {events[-1]['seconds']:.0f} s, see {events[-1]['stacks']}")
+    return found
 
 
 def describe(rows: dict[str, Any], metrics: dict[str, float], total: int) -> Text:

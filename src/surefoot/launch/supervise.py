@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -20,6 +20,7 @@ from types import FrameType
 from surefoot.record.events import read_events
 from surefoot.record.folder import RunFolder
 from surefoot.record.rows import read_log
+from surefoot.stopping import handling
 
 INTERRUPTED = 75
 _FINAL = (0, 2, 3, 4)
@@ -67,7 +68,7 @@ class Supervisor:
     def run(self) -> int:
         """Starts the command until it ends for good; the exit code to end with."""
         furthest, in_a_row, number = self._furthest(), 0, 0
-        with self._signals():
+        with handling(self._ask):
             while True:
                 number += 1
                 ooms = _oom_kills()
@@ -105,19 +106,11 @@ class Supervisor:
             self._child.send_signal(self._stop)
         return self._child.wait()
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        def ask(number: int, frame: FrameType | None) -> None:
-            self._stop = number
-            if self._child is not None and self._child.poll() is None:
-                self._child.send_signal(number)
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        """Passes a request to stop on."""
+        self._stop = number
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(number)
 
     def _pause(self, seconds: float) -> bool:
         """Waits; whether a stop was asked for."""

@@ -102,7 +102,8 @@ def test_a_run_directory_that_is_gone_for_good(tmp_path, monkeypatch):
         for outcome in sf.steps(recipe(until=30), out=path, operations=sf.Operations(**OFTEN)):
             reached = outcome.step
             if outcome.step == 5:
-                shutil.rmtree(path)
+                path.rename(tmp_path / "gone")  # at once, whatever is being written in it
+                shutil.rmtree(tmp_path / "gone")
 
     with pytest.raises(sf.StateError, match="could not be written"):
         body()

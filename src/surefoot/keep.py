@@ -17,6 +17,7 @@ from surefoot.state import RunState
 
 _CERTIFIED_AFTER = 100
 _LEAST_AUTO_S = 10.0
+_WORTH_RESERVING = 16 << 20
 _PATIENCE_S = 30.0
 _TRIES_S = (0.0, 1.0, 4.0)
 """Pauses before each try to write the last state of a run."""
@@ -52,7 +53,8 @@ class Keeper:
     """Keeps the state while the loop goes on; the loop calls `look` after each step.
 
     every: updates, seconds, or by cost. deadline_s: how long a run that was asked to stop may take to
-    write its state. newest: the newest good checkpoint that this attempt knows of.
+    write its state. newest: the newest good checkpoint that this attempt knows of. poisoned: a state held
+    numbers that are not finite, and the run cannot go on.
     """
 
     state: RunState
@@ -64,6 +66,8 @@ class Keeper:
     deadline_s: float
     ballast: Path
     newest: Checkpoint | None = None
+    poisoned: bool = False
+    _reserved: bool = False
     _last: float = field(default_factory=time.monotonic)
     _cost_s: float | None = None
     _due_step: int = 0
@@ -94,6 +98,10 @@ class Keeper:
 
     def look(self) -> None:
         """Takes note of what the writer has done since."""
+        if not self._reserved:  # after the first step the optimizer has its state
+            self._reserved = True
+            if self.state.num_bytes() > _WORTH_RESERVING:
+                self.writer.reserve(self.state.snapshot())
         while self.writer.written:
             self._settle(self.writer.written.popleft())
         while (
@@ -149,6 +157,7 @@ class Keeper:
         facts = {"name": done.checkpoint.path.name, "seconds": round(done.seconds, 6)}
         facts["stall_s"] = round(self._stall_s, 6)
         if done.poisoned:
+            self.poisoned = True
             self.record.event("checkpoint_poisoned", step=done.step, **facts)
             return
         self.newest = done.checkpoint

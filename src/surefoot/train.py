@@ -186,9 +186,12 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
         if _validation_due(run):
             return "preempted"  # a stop was asked for while validating
         keeper.look()
+        if keeper.poisoned:
+            _finite(run)  # says so
+            return "diverged"
         if keeper.due():
-            if not keep(run):
-                return "diverged"
+            _settle(run, None, None)
+            keeper.keep()
             boundary = time.perf_counter()
     return "stopped_early" if state.stopped_early else "finished"
 
@@ -271,18 +274,8 @@ def _validate(run: Run) -> dict[str, float] | None:
     return metrics
 
 
-def keep(run: Run) -> bool:
-    """Has the state kept, in the background. Weights that are not finite end the run: whether it can go
-    on. (They are kept at its end, for whoever wants to look at them.)
-    """
-    _settle(run, None, None)
-    if not _finite(run):
-        return False
-    run.keeper.keep()
-    return True
-
-
 def _finite(run: Run) -> bool:
+    """Whether the weights are; if not, the events say so."""
     if run.parts.updater.finite():
         return True
     reason = "the weights are not finite: an update overflowed, or the caller changed them"

@@ -45,6 +45,12 @@ class _Staging:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
+    def reserve(self, snapshot: Snapshot) -> None:
+        """Takes the memory for a copy of such a state."""
+        self._buffers = {
+            name: torch.zeros(t.shape, dtype=t.dtype).fill_(0) for name, t in snapshot.tensors()
+        }
+
     def forget(self) -> None:
         """Lets go of the memory."""
         self._buffers = {}
@@ -84,6 +90,23 @@ class Writer:
         self._busy = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+
+    def reserve(self, snapshot: Snapshot) -> None:
+        """Takes memory for the first copy, from a thread: faulting in fresh pages takes several times as
+        long as copying.
+        """
+        with self._changed:
+            staging = self._free.pop()
+
+        def take() -> None:
+            try:
+                staging.reserve(snapshot)
+            except (MemoryError, RuntimeError):  # `submit` will find out
+                staging.forget()
+            with self._changed:
+                self._free.append(staging)
+
+        threading.Thread(target=take, name="reserve", daemon=True).start()
 
     def submit(self, snapshot: Snapshot, step: int) -> None:
         """Copies the state and has it written. It must not change until this returns."""

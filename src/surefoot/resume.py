@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,7 @@ def begin_or_continue(
         StateError: state has been kept, but none of it is sound; nothing was changed.
     """
     lock = folder.lock()
+    fresh = False
     recipe = digest_of(identity)
 
     def store(run: str, fence: int) -> DirectoryStore:
@@ -61,7 +63,8 @@ def begin_or_continue(
         )
 
     try:
-        if not folder.holds_run():
+        fresh = not folder.holds_run()
+        if fresh:
             run = folder.create(identity)
             record = Recorder(folder, lock, attempt=1)
             record.event("started", step=0, run=run, environment=identity["environment"])
@@ -80,6 +83,14 @@ def begin_or_continue(
             lock.release()
             return opened
         opened.record = Recorder(folder, lock, attempt=attempt)
+    except OSError as error:
+        if fresh:
+            with suppress(OSError):
+                folder.discard()
+        lock.release()
+        raise StateError(
+            f"{folder.path} cannot be written to or read: {error}.", fix="Make room, or mend the disk."
+        ) from error
     except BaseException:
         lock.release()
         raise

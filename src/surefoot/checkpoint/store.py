@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,8 @@ class DirectoryStore:
             raise
         sync_directory(self.path)
         self._verified.add(seq)
-        self._retain()
+        with suppress(OSError):  # what could not be removed is tried again after the next
+            self._retain()
         return Checkpoint(seq, step, final)
 
     def checkpoints(self) -> list[Checkpoint]:
@@ -169,6 +171,7 @@ class DirectoryStore:
             number += 1
             target = where / f"{checkpoint.path.name}.{number}"
         rename_new(checkpoint.path, target)
+        checkpoint.mark("certified").unlink(missing_ok=True)
         sync_directory(where)
 
     def _frozen(
@@ -230,6 +233,7 @@ def _finite(snapshot: Snapshot) -> bool:
     for tensor in [*watched, *(t for t in snapshot.optimizer.values() if t.ndim)]:
         plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         if plain.is_floating_point() and plain.numel():
+            plain = plain.float() if plain.element_size() == 1 else plain
             least, most = torch.aminmax(plain.detach())
             if not bool(torch.isfinite(least) & torch.isfinite(most)):
                 return False

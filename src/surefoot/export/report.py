@@ -173,7 +173,7 @@ def _summary(subjects: Sequence[Subject]) -> str:
 
 def _details(s: Subject) -> str:
     shown = [e for e in s.events if e["kind"] not in ("validated", "checkpointed")]
-    told = ("time", "kind", "attempt", "step", "environment")
+    told = ("n", "time", "kind", "attempt", "step", "environment")
     rows = [
         [
             str(np.datetime64(int(e["time"]), "s")).replace("T", " "),
@@ -230,7 +230,7 @@ _PAGE = """<!doctype html>
  th, td {{ padding: 4px 14px 4px 0; text-align: left; border-bottom: 1px solid #e3e7ec;
           vertical-align: top; }}
  th {{ font-weight: 600; color: #52606d; white-space: nowrap; }}
- .plots {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(560px, 100%), 1fr));
+ .plots {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(560px, 100%), 1fr));
           gap: 8px; margin-top: 16px; }}
  figure {{ margin: 0; min-width: 0; }}
  pre {{ background: #f6f8fa; padding: 10px; overflow-x: auto; font-size: 13px; }}

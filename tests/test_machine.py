@@ -293,7 +293,7 @@ def test_workers_that_always_die_are_given_up_with_the_step(tmp_path):
     (tmp_path / "mine.py").write_text(code)
     (tmp_path / "armed").touch()
     done = surefoot("train", "mine.py", "--out", "run", "--workers", "2", cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 1, done.stderr
     assert "the workers died 4 times over step" in done.stderr
 
 

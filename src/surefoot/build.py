@@ -155,7 +155,7 @@ def build(
         state=state,
         record=record,
         writer=Writer(opened.store, before=record.make_durable),
-        certify=opened.store.certify,
+        store=opened.store,
         every=keep_every,
         total=total,
         deadline_s=seconds(operations.checkpoint.grace, name="checkpoint.grace"),

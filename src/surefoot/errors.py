@@ -60,6 +60,10 @@ class StateError(SurefootError):
     """Kept state is missing, torn or altered."""
 
 
+class WorkerError(SurefootError):
+    """Processes that read data die or hang again and again."""
+
+
 class FormatError(StateError):
     """Kept state is whole, but of a format that this version does not read."""
 
@@ -70,7 +74,14 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno
 
 def failure_class(error: BaseException) -> FailureClass:
     """What kind of trouble ended a process; decides whether starting it again can help."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    if any(isinstance(cause, OSError) and cause.errno in _DISK for cause in causes):
+        return "disk"
     match error:
+        case WorkerError():
+            return "out_of_memory" if "-9" in error.what + error.why else "unknown"
         case UsageError():
             return "user"
         case StateError():
@@ -79,8 +90,6 @@ def failure_class(error: BaseException) -> FailureClass:
             return "signal"
         case MemoryError():
             return "out_of_memory"
-        case OSError() if error.errno in _DISK:
-            return "disk"
     oom = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     return "out_of_memory" if oom else "unknown"
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from surefoot.checkpoint.kept import Checkpoint
-from surefoot.checkpoint.store import out_of_space
+from surefoot.checkpoint.store import DirectoryStore, out_of_space
 from surefoot.checkpoint.writer import Writer, Written
 from surefoot.data.plan import Cadence
 from surefoot.record.recorder import Recorder
@@ -60,7 +60,7 @@ class Keeper:
     state: RunState
     record: Recorder
     writer: Writer
-    certify: Callable[[Checkpoint], None]
+    store: DirectoryStore
     every: Cadence | float | Auto
     total: int
     deadline_s: float
@@ -73,13 +73,17 @@ class Keeper:
     _due_step: int = 0
     _failures: int = 0
     _retry_at: float = 0.0
-    _candidates: list[_Candidate] = field(default_factory=list)
+    _candidate: _Candidate | None = None
     _refused_at: dict[int, int] = field(default_factory=dict)
-    _stall_s: float = 0.0
+    _stalls_s: dict[int, float] = field(default_factory=dict)
+    _is_kept: tuple[int, int] | None = None
+    _validated_at: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.every, Cadence):
             self._due_step = self.every.after(self.state.step)
+        if self.newest is not None:
+            self._is_kept = (self.newest.step, self.state.validated_at)
 
     def due(self) -> bool:
         """Whether a checkpoint is due after this step; the end of the run has its own."""
@@ -104,28 +108,29 @@ class Keeper:
                 self.writer.reserve(self.state.snapshot())
         while self.writer.written:
             self._settle(self.writer.written.popleft())
-        while (
-            self._candidates and self.state.step >= self._candidates[0].checkpoint.step + _CERTIFIED_AFTER
-        ):
-            candidate = self._candidates.pop(0)
+        candidate = self._candidate
+        if candidate and self.state.step >= candidate.checkpoint.step + _CERTIFIED_AFTER:
             if candidate.num_refused == self.state.num_refused:
-                self.certify(candidate.checkpoint)
+                self.store.certify(candidate.checkpoint)
+            self._candidate, self.store.protected = None, None
 
-    def keep(self) -> None:
+    def keep(self, *, patience_s: float = _PATIENCE_S) -> None:
         """Has the state written in the background. Takes as long as copying it in memory; but states that
         were asked for by their step do not take one another's place: the loop waits for a while instead.
         """
         begun = time.perf_counter()
         if isinstance(self.every, Cadence):
-            self.writer.make_room(_PATIENCE_S)
+            self.writer.make_room(min(patience_s, _PATIENCE_S))
         self._last = time.monotonic()
         trouble = self.record.seal()
         if trouble is not None:
             self._failed(trouble)
             return
+        self._retry_at = math.inf  # until it is known what becomes of this one
         self._refused_at[self.state.step] = self.state.num_refused
+        self._validated_at[self.state.step] = self.state.validated_at
         self.writer.submit(self.state.snapshot(), self.state.step)
-        self._stall_s = time.perf_counter() - begun
+        self._stalls_s[self.state.step] = time.perf_counter() - begun
 
     def finish(self, *, hurry: bool) -> bool:
         """Keeps the state and waits until it is durable; whether it is.
@@ -134,9 +139,14 @@ class Keeper:
         the deadline.
         """
         give_up = time.monotonic() + self.deadline_s
+        if self.writer.drain(self.deadline_s if hurry else None):
+            self.look()
+        now = (self.state.step, self.state.validated_at)
+        if not self._failures and self._is_kept == now:
+            return True
         for wait_s in _TRIES_S:
             time.sleep(wait_s)
-            self.keep()
+            self.keep(patience_s=max(0.0, give_up - time.monotonic()) if hurry else _PATIENCE_S)
             left = max(0.0, give_up - time.monotonic())
             if not self.writer.drain(left if hurry else None):
                 return False
@@ -153,15 +163,21 @@ class Keeper:
             self._failed(done.error)
             return
         self._failures = 0
-        self._cost_s = self._stall_s + done.write_s
+        stall_s = self._stalls_s.pop(done.step, 0.0)
+        self._cost_s = stall_s + done.write_s
         facts = {"name": done.checkpoint.path.name, "seconds": round(done.seconds, 6)}
-        facts["stall_s"] = round(self._stall_s, 6)
+        facts["stall_s"] = round(stall_s, 6)
         if done.poisoned:
             self.poisoned = True
             self.record.event("checkpoint_poisoned", step=done.step, **facts)
             return
         self.newest = done.checkpoint
-        self._candidates.append(_Candidate(done.checkpoint, refused))
+        self._is_kept = (done.step, self._validated_at.pop(done.step, -1))
+        if self._candidate is None:
+            self._candidate, self.store.protected = (
+                _Candidate(done.checkpoint, refused),
+                done.checkpoint.seq,
+            )
         self.record.event("checkpointed", step=done.step, **facts)
         self.prepare_ballast()
 

@@ -72,7 +72,7 @@ def begin_or_continue(
         before, mended = _identity_of(folder, identity, recipe)
         _same_run(before, identity, folder)
         events, _ = read_events(folder.events_file)
-        attempt = 1 + max((e["attempt"] for e in events), default=0)
+        attempt = 1 + max([e["attempt"] for e in events] + _fences(folder), default=0)
         mended += _unreadable_log(folder)
         opened = Opened(store(before["id"], attempt), notes=mended)
         rejected = _restore(state, opened, events, folder)
@@ -80,6 +80,7 @@ def begin_or_continue(
         ended = last.get("status", "")
         if ended == "diverged" or (ended in TERMINAL and state.step == last["step"]):
             opened.ended = ended
+            opened.notes += [f"checkpoint {c.path.name} rejected: {why}" for c, why in rejected]
             lock.release()
             return opened
         opened.record = Recorder(folder, lock, attempt=attempt)
@@ -110,24 +111,36 @@ def _identity_of(
         return folder.identity(), []
     except FormatError:
         raise
-    except StateError as error:
+    except (StateError, RunDirectoryError) as error:
         for checkpoint in reversed(list_checkpoints(folder.checkpoints)):
             try:
                 manifest = checkpoint.manifest()
             except StateError:
                 continue
             if manifest["recipe"] == recipe:
-                folder.quarantine.mkdir(exist_ok=True)
-                folder.identity_file.rename(folder.quarantine / f"run-{time.time_ns()}.json")
+                if folder.identity_file.exists():
+                    folder.quarantine.mkdir(exist_ok=True)
+                    folder.identity_file.rename(folder.quarantine / f"run-{time.time_ns()}.json")
                 folder.create(identity, run=manifest["run"])
                 return folder.identity(), [f"{error.what} It was made again from the recipe."]
         raise
+
+
+def _fences(folder: RunFolder) -> list[int]:
+    """Numbers of the attempts that wrote checkpoints: events may be lost."""
+    found = []
+    for checkpoint in list_checkpoints(folder.checkpoints):
+        with suppress(StateError):
+            found.append(int(checkpoint.manifest().get("fence", 0)))
+    return found
 
 
 def _unreadable_log(folder: RunFolder) -> list[str]:
     """Moves a step log of which nothing can be read into quarantine: training needs none of it."""
     try:
         read_log(folder.steps)
+    except FormatError:
+        raise
     except StateError as error:
         folder.quarantine.mkdir(exist_ok=True)
         (folder.steps / "rows.bin").rename(folder.quarantine / f"rows-{time.time_ns()}.bin")
@@ -149,6 +162,8 @@ def _restore(
         try:
             _not_fenced(checkpoint, kept)
             state.restore(opened.store.load(checkpoint))
+        except FormatError:
+            raise
         except StateError as error:
             rejected.append((checkpoint, error.what))
             continue

@@ -18,13 +18,16 @@ class NoLongerWaiting(BaseException):
 class StopRequest:
     """Whether somebody asked for a stop at the next step boundary, and who. waiting: the loop waits for
     a batch, which may take long and changes nothing, so that a signal may end the wait. budget: which
-    one is reached. num_asked: how often the loop has looked, which shows that it moves.
+    one is reached. num_asked: how often the loop has looked, which shows that it moves. give_up: ends the
+    process; called if it lives on for `grace_s` after SIGTERM.
     """
 
     reason: str = ""
     waiting: bool = False
     budget: str = ""
     num_asked: int = 0
+    grace_s: float = 300.0
+    give_up: Callable[[], None] | None = None
 
     def __call__(self) -> bool:
         """Whether."""
@@ -63,15 +66,25 @@ def signals_ask(stop: StopRequest) -> Iterator[None]:
         yield
         return
 
+    timers: list[threading.Timer] = []
+
     def ask(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and stop():
             raise KeyboardInterrupt
         stop.reason = signal.Signals(number).name
+        if number == signal.SIGTERM and stop.give_up is not None and not timers:
+            timers.append(threading.Timer(stop.grace_s, stop.give_up))
+            timers[0].daemon = True
+            timers[0].start()
         if stop.waiting:
             raise NoLongerWaiting
 
-    with handling(ask):
-        yield
+    try:
+        with handling(ask):
+            yield
+    finally:
+        for timer in timers:
+            timer.cancel()
 
 
 @contextmanager

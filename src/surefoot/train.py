@@ -7,7 +7,9 @@ goes to the record, and every so often the model is validated and the state kept
 from __future__ import annotations
 
 import math
+import os
 import random
+import threading
 import time
 import traceback
 from collections.abc import Generator, Iterator
@@ -87,6 +89,7 @@ def steps(run: Run) -> Iterator[Outcome]:
     Every way out of the loop leaves the directory in order: a request to stop, or a caller that stops
     iterating, keeps the state; an error leaves the last checkpoint as it is.
     """
+    run.stop.grace_s, run.stop.give_up = run.keeper.deadline_s, lambda: _give_up(run)
     generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         with signals_ask(run.stop), _watched(run):
@@ -314,8 +317,7 @@ def _end(run: Run, **facts: Any) -> None:
             run.keeper.ballast.unlink(missing_ok=True)
         run.record.close()
         return
-    with suppress(OSError):
-        run.record.close()
+    run.record.abandon()  # the disk may hang
     if run.status == "failed":
         raise StateError(
             f"{run.record.folder.path}: the state after step {state.step:,} could not be written.",
@@ -341,6 +343,20 @@ def _fail(run: Run, error: BaseException) -> None:
     )
     with suppress(OSError):
         run.record.close()
+
+
+def _give_up(run: Run) -> None:
+    """Ends the process, from another thread: asked to stop, it did not come to a step's end in time."""
+    newest = run.keeper.newest
+
+    def note() -> None:
+        why = f"{run.stop.reason}; no step ended within checkpoint.grace = {run.stop.grace_s:g} s"
+        run.record.event("ended", status="preempted", step=run.state.step, reason=why)
+
+    noting = threading.Thread(target=note, daemon=True)  # the disk may be what hangs
+    noting.start()
+    noting.join(1.0)
+    os._exit(1 if newest is None else 75)
 
 
 def _watched(run: Run) -> HangWatch:

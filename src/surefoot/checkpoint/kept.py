@@ -23,10 +23,10 @@ from typing import Any
 
 from surefoot.checkpoint.files import file_hash, read_json, to_json
 from surefoot.checkpoint.retention import Kept
-from surefoot.errors import StateError
+from surefoot.errors import FormatError, StateError
 
 SCHEMA = 2
-_READS = (1, 2)
+_READS = (2,)
 _NAME = re.compile(r"(\d{6,})-(\d{9,})")
 
 
@@ -52,14 +52,15 @@ class Checkpoint:
             raise StateError(f"{file} cannot be read: {error}") from error
         if not isinstance(manifest, dict) or "self" not in manifest:
             raise StateError(f"{file} is not a manifest.")
-        if manifest.get("schema") not in _READS:
-            raise StateError(
+        signed = manifest.pop("self")
+        whole = data == to_json({**manifest, "self": signed})
+        whole = whole and hashlib.sha256(to_json(manifest)).hexdigest() == signed
+        if whole and manifest.get("schema") not in _READS:
+            raise FormatError(
                 f"{self.path} has format {manifest.get('schema')}; this version reads {max(_READS)}.",
                 fix="Use the version of surefoot that wrote it.",
             )
-        signed = manifest.pop("self")
-        whole = data == to_json({**manifest, "self": signed})
-        if not whole or hashlib.sha256(to_json(manifest)).hexdigest() != signed:
+        if not whole:
             raise StateError(f"{file} was altered.")
         if (manifest["seq"], manifest["step"]) != (self.seq, self.step):
             raise StateError(f"{self.path} holds the manifest of another checkpoint.")

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,8 @@ class DirectoryStore:
         self.path, self._retention = path, retention or Retention()
         self._run, self._recipe, self._fence, self._may_write = run, recipe, fence, may_write
         self._verified: set[int] = set()
+        self.protected: int | None = None
+        """Seq of a checkpoint that stays until it is known whether it can be certified."""
 
     def save(self, snapshot: Snapshot, step: int) -> Checkpoint:
         """Keeps a state and then lets go of what retention does not keep; returns when it is durable.
@@ -198,7 +200,7 @@ class DirectoryStore:
         if len(copies) > 1:
             checkpoint, entry = next(iter(copies.values()))
             try:
-                if checkpoint.seq in self._verified or self._reads_as(checkpoint, entry):
+                if self._reads_as(checkpoint, entry):  # each time: it may have been damaged since
                     os.link(checkpoint.path / name, temporary / name)
                     return dict(entry)
             except OSError:  # a file system without links
@@ -211,6 +213,7 @@ class DirectoryStore:
     def _retain(self) -> None:
         by_seq = {c.seq: c for c in self.checkpoints()}
         kept = [c.kept(verified=c.seq in self._verified) for c in by_seq.values()]
+        kept = [replace(k, pinned=True) if k.seq == self.protected else k for k in kept]
         for one in expendable(kept, self._retention, now_s=time.time()):
             checkpoint = by_seq[one.seq]
             trash = self.path / f".trash-{checkpoint.path.name}"

@@ -105,6 +105,7 @@ class Writer:
                 staging.forget()
             with self._changed:
                 self._free.append(staging)
+                self._changed.notify_all()
 
         threading.Thread(target=take, name="reserve", daemon=True).start()
 
@@ -112,6 +113,7 @@ class Writer:
         """Copies the state and has it written. It must not change until this returns."""
         begun = time.perf_counter()
         with self._changed:
+            self._changed.wait_for(lambda: self._waiting is not None or self._free)
             staging = self._waiting.staging if self._waiting is not None else self._free.pop()
             self._waiting = None  # newest wins
         try:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -16,7 +17,8 @@ from rich.console import Console
 
 import surefoot
 from surefoot.cli import tables
-from surefoot.errors import OperationsError, RunDirectoryError, SurefootError
+from surefoot.errors import OperationsError, RunDirectoryError, SurefootError, failure_class
+from surefoot.launch import NOTE
 from surefoot.run import open_run
 
 INTERRUPTED = 75
@@ -78,10 +80,21 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except SurefootError as error:
+        _tell_supervisor(error)
         err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:  # a second Ctrl-C within the training loop
         raise _Interrupted from None
+    except Exception as error:
+        _tell_supervisor(error)
+        raise
+
+
+def _tell_supervisor(error: Exception) -> None:
+    if NOTE in os.environ:
+        with suppress(OSError):
+            note = {"failure": failure_class(error), "error": f"{type(error).__name__}: {error}"}
+            Path(os.environ[NOTE]).write_text(json.dumps(note))
 
 
 def _version(wanted: bool) -> None:

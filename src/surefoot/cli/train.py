@@ -58,6 +58,8 @@ def run_order(order: Order, out: Console, err: Console) -> int:
     if built.run is None:
         done = result(built)
         ended = f"{folder.path} has ended already: {done.status} after {done.step:,} updates"
+        for note in built.notes:
+            err.print(note, markup=False, soft_wrap=True)
         out.print(ended, soft_wrap=True)
         _verdict(done, None, out, command)
         return done.exit_code

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from surefoot.data.plan import Plan
 from surefoot.data.workers import LOOKS_S, as_it_is, end, enter, next_of, started
-from surefoot.errors import DataError
+from surefoot.errors import DataError, WorkerError
 from surefoot.keys import key, words
 from surefoot.protocols import KeyedSource
 from surefoot.types import HOLE, Minibatch, Slots, Tree, leaves, map_leaves
@@ -172,8 +172,8 @@ class _Fetches(TorchDataset[Tree]):
         return self._feed.fetch(self._feed.plan.at(step))
 
 
-def _given_up(name: str, step: int, trouble: dict[str, Any]) -> DataError:
-    return DataError(
+def _given_up(name: str, step: int, trouble: dict[str, Any]) -> WorkerError:
+    return WorkerError(
         f"{name}: the workers {trouble['reason']} {_MOST_REPLACED + 1} times over step {step}.",
         why=f"The last were processes {trouble['workers']}"
         + (f", which ended with {trouble['exit_codes']}" if "exit_codes" in trouble else "")

@@ -7,9 +7,12 @@ killer, a crash in compiled code) does not end it too.
 from __future__ import annotations
 
 import ctypes
+import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from surefoot.record.events import read_events
+from surefoot.launch import NOTE
 from surefoot.record.folder import RunFolder
 from surefoot.record.rows import read_log
 from surefoot.stopping import handling
@@ -63,6 +66,7 @@ class Supervisor:
     say: Callable[[str], None] = print
     failures: list[Failure] = field(default_factory=list)
     _stop: int = 0
+    _note: dict[str, str] = field(default_factory=dict)
     _child: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
@@ -73,7 +77,7 @@ class Supervisor:
                 number += 1
                 ooms = _oom_kills()
                 code = self._start()
-                if code in _FINAL:
+                if code in _FINAL and self._note.get("failure", "user") == "user":
                     return code
                 if self._stop and code == INTERRUPTED:
                     return code
@@ -101,10 +105,20 @@ class Supervisor:
     def _start(self) -> int:
         """Runs the command once. In a session of its own, so that Ctrl-C reaches it once: from here."""
         arguments = [sys.executable, "-m", "surefoot", *self.command]
-        self._child = subprocess.Popen(arguments, start_new_session=True, preexec_fn=_die_with_parent)
-        if self._stop:  # asked for meanwhile
-            self._child.send_signal(self._stop)
-        return self._child.wait()
+        self._note = {}
+        with tempfile.NamedTemporaryFile("r") as note:
+            self._child = subprocess.Popen(
+                arguments,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+                env={**os.environ, NOTE: note.name},
+            )
+            if self._stop:  # asked for meanwhile
+                self._child.send_signal(self._stop)
+            code = self._child.wait()
+            with suppress(ValueError):
+                self._note = json.loads(note.read())
+        return code
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         """Passes a request to stop on."""
@@ -137,10 +151,8 @@ class Supervisor:
             if oom and -code == signal.SIGKILL:
                 return Failure(number, "out_of_memory", "ended by the system's out-of-memory killer", step)
             return Failure(number, "signal", f"ended by {name}", step)
-        events, _ = read_events(RunFolder(self.run_dir).events_file)
-        last = events[-1] if events and events[-1]["kind"] == "ended" else {}
-        what = str(last.get("error", f"exit code {code}")).splitlines()[0]
-        return Failure(number, str(last.get("failure", "unknown")), what, step)
+        what = str(self._note.get("error", f"exit code {code}")).splitlines()[0]
+        return Failure(number, str(self._note.get("failure", "unknown")), what, step)
 
     def _report(self, in_a_row: int) -> None:
         """Says what happened, and writes it beside the run."""

@@ -52,7 +52,7 @@ class RunFolder:
         Raises:
             RunDirectoryError: something else does.
         """
-        if self.identity_file.is_file():
+        if self.identity_file.is_file() or any(self.checkpoints.glob("*/MANIFEST.json")):
             return True
         if self.path.exists() and not self.path.is_dir():
             raise RunDirectoryError(f"{self.path} is a file.", fix="Give another output folder.")
@@ -138,7 +138,7 @@ class RunFolder:
                     path.mkdir(exist_ok=True)
                     made.append(path)
         except OSError as error:
-            raise RunDirectoryError(f"{self.path} cannot be written to: {error.strerror}.") from None
+            raise RunDirectoryError(f"{self.path} cannot be written to: {error.strerror}.") from error
         self._made = made
         return take(self.lock_file, [self.steps / "rows.bin", self.steps / "tail.bin", self.events_file])
 

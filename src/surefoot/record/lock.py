@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from surefoot.errors import RunDirectoryError
@@ -59,8 +60,9 @@ def take(file: Path, opened: Sequence[Path]) -> Lock:
                 break
             begun, seen = time.monotonic(), os.fstat(fd).st_mtime_ns
         time.sleep(0.05)
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, str(os.getpid()).encode(), 0)
+    with suppress(OSError):  # on a full disk it is nobody's name
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
     return Lock(file, fd, took_over)
 
 
@@ -68,7 +70,7 @@ def _opened(file: Path) -> int:
     try:
         return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise RunDirectoryError(f"{file.parent} cannot be written to: {error.strerror}.") from None
+        raise RunDirectoryError(f"{file.parent} cannot be written to: {error.strerror}.") from error
 
 
 def _is(fd: int, file: Path) -> bool:

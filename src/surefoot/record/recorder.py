@@ -53,6 +53,11 @@ class Recorder:
             self._events.close()
             self.lock.release()
 
+    def abandon(self) -> None:
+        """Lets go of the directory without waiting for its disk."""
+        self.closed = True
+        self.lock.release()
+
     def discard(self) -> None:
         """Takes back a run that never was."""
         self._log.close()

@@ -26,7 +26,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from surefoot.errors import StateError
+from surefoot.errors import FormatError, StateError
 from surefoot.record.columns import COLUMNS, Column, Columns
 
 Words = NDArray[np.uint64]
@@ -95,8 +95,13 @@ def scan_blocks(path: Path) -> Scan:
         (length,) = struct.unpack_from("<I", data, len(MAGIC))
         at = len(MAGIC) + 4 + length
         (check,) = struct.unpack_from("<I", data, at)
-        if data[: len(MAGIC)] != MAGIC or crc32(data[:at]) != check:
+        if crc32(data[:at]) != check:
             raise ValueError
+        if data[: len(MAGIC)] != MAGIC:
+            raise FormatError(
+                f"{path} has a format that this version does not read.",
+                fix="Use the version of surefoot that wrote it.",
+            )
         columns = [(name, kind) for name, kind in json.loads(data[len(MAGIC) + 4 : at])["columns"]]
         position = at + 4
     except (ValueError, struct.error):

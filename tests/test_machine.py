@@ -190,11 +190,12 @@ def test_a_mask_of_minus_infinity_is_no_poison(tmp_path):
 
 def test_a_cadence_by_cost():
     auto = Auto(overhead=0.02, risk_s=600)
-    assert auto.interval_s(None) == 10
-    assert auto.interval_s(0.01) == 10
+    assert auto.interval_s(None) == 2
+    assert auto.interval_s(0.01) == 2
+    assert auto.interval_s(0.1) == 5
     assert auto.interval_s(1.0) == 50
     assert auto.interval_s(60.0) == 600
-    assert Auto(overhead=0.02, risk_s=3).interval_s(1.0) == 3
+    assert Auto(overhead=0.02, risk_s=1).interval_s(1.0) == 1
 
 
 def test_best_pinned_and_certified_checkpoints_stay(tmp_path):

@@ -16,7 +16,7 @@ from surefoot.record.recorder import Recorder
 from surefoot.state import RunState
 
 _CERTIFIED_AFTER = 100
-_LEAST_AUTO_S = 10.0
+_LEAST_AUTO_S = 2.0
 _WORTH_RESERVING = 16 << 20
 _PATIENCE_S = 30.0
 _TRIES_S = (0.0, 1.0, 4.0)
@@ -97,6 +97,8 @@ class Keeper:
                 return False
             self._due_step = self.every.after(step)
             return True
+        if self.writer.reserving:  # a moment later it is much cheaper
+            return False
         every = self.every.interval_s(self._cost_s) if isinstance(self.every, Auto) else self.every
         return time.monotonic() - self._last >= every
 

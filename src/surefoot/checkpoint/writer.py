@@ -87,7 +87,7 @@ class Writer:
         self._store, self._before = store, before
         self._free = [_Staging(), _Staging()]
         self._waiting: _Job | None = None
-        self._busy = False
+        self._busy = self.reserving = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -97,6 +97,7 @@ class Writer:
         """
         with self._changed:
             staging = self._free.pop()
+            self.reserving = True
 
         def take() -> None:
             try:
@@ -105,6 +106,7 @@ class Writer:
                 staging.forget()
             with self._changed:
                 self._free.append(staging)
+                self.reserving = False
                 self._changed.notify_all()
 
         threading.Thread(target=take, name="reserve", daemon=True).start()

@@ -55,7 +55,7 @@ class Supervisor:
         command: arguments of ``surefoot``: ``train FILE ...``.
         run_dir: the run directory that it writes.
         most: failures without progress, in a row, that are borne: a crash loop.
-        first_s: pause after a failure; doubled each time up to a minute, anew after progress.
+        first_s: pause after a failure without progress; doubled each time up to a minute.
         say: takes lines for people.
     """
 
@@ -94,7 +94,7 @@ class Supervisor:
                 if in_a_row >= self.most:
                     self._report(in_a_row)
                     return 1
-                wait_s = min(60.0, self.first_s * 2.0 ** (in_a_row - 1))
+                wait_s = min(60.0, self.first_s * 2.0 ** (in_a_row - 2)) if in_a_row > 1 else 0.0
                 self.say(
                     f"process {number} ended at step {failure.step:,} ({failure.kind}): {failure.what}; "
                     f"starts again in {wait_s:g} s ({in_a_row} of {self.most} without progress)"

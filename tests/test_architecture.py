@@ -18,6 +18,7 @@ LEVELS = [
     {"keep", "stopping"},
     {"train"},
     {"recipe", "operations", "identity", "environment", "model"},
+    {"mending"},
     {"resume", "run"},
     {"build"},
     {"export", "tune", "federated", "launch", "fleet"},

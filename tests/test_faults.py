@@ -21,7 +21,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 import surefoot as sf
 from surefoot.checkpoint.retention import Retention
-from surefoot.checkpoint.store import DirectoryStore, Snapshot
+from surefoot.checkpoint.snapshot import Snapshot
+from surefoot.checkpoint.store import DirectoryStore
 from surefoot.errors import StateError
 
 sys.path.insert(0, str(ROOT / "tests/faults"))

@@ -62,7 +62,7 @@ def kill_in_time(process, path: Path, rng: random.Random) -> None:
     if rng.random() < 0.15:  # importing and restoring included
         time.sleep(rng.uniform(0.0, 3.5))
     else:
-        goal = first + rng.randint(1, 7)
+        goal = first + rng.randint(1, 5)
         while newest_step(path) < goal and process.poll() is None:
             time.sleep(0.002)
             assert time.monotonic() < begun + 60

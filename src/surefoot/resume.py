@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from surefoot.checkpoint.store import DirectoryStore
 from surefoot.environment import DECIDES_BITS
 from surefoot.errors import FormatError, RunDirectoryError, StateError
 from surefoot.identity import differences, digest_of
+from surefoot.mending import identity_of, put_away_log
 from surefoot.record.events import Event, read_events
 from surefoot.record.folder import RunFolder
 from surefoot.record.lock import Lock
@@ -69,11 +69,11 @@ def begin_or_continue(
             record = Recorder(folder, lock, attempt=1)
             record.event("started", step=0, run=run, environment=identity["environment"])
             return Opened(store(run, 1), record)
-        before, mended = _identity_of(folder, identity, recipe)
+        before, mended = identity_of(folder, identity, recipe)
         _same_run(before, identity, folder)
         events, _ = read_events(folder.events_file)
         attempt = 1 + max([e["attempt"] for e in events] + _fences(folder), default=0)
-        mended += _unreadable_log(folder)
+        mended += put_away_log(folder)
         opened = Opened(store(before["id"], attempt), notes=mended)
         rejected = _restore(state, opened, events, folder)
         last = events[-1] if events and events[-1]["kind"] == "ended" else {}
@@ -101,31 +101,6 @@ def begin_or_continue(
     return opened
 
 
-def _identity_of(
-    folder: RunFolder, identity: dict[str, Any], recipe: str
-) -> tuple[dict[str, Any], list[str]]:
-    """What ``run.json`` says. If it is damaged, and a checkpoint says that the run is of this very recipe,
-    it is written anew.
-    """
-    try:
-        return folder.identity(), []
-    except FormatError:
-        raise
-    except (StateError, RunDirectoryError) as error:
-        for checkpoint in reversed(list_checkpoints(folder.checkpoints)):
-            try:
-                manifest = checkpoint.manifest()
-            except StateError:
-                continue
-            if manifest["recipe"] == recipe:
-                if folder.identity_file.exists():
-                    folder.quarantine.mkdir(exist_ok=True)
-                    folder.identity_file.rename(folder.quarantine / f"run-{time.time_ns()}.json")
-                folder.create(identity, run=manifest["run"])
-                return folder.identity(), [f"{error.what} It was made again from the recipe."]
-        raise
-
-
 def _fences(folder: RunFolder) -> list[int]:
     """Numbers of the attempts that wrote checkpoints: events may be lost."""
     found = []
@@ -133,19 +108,6 @@ def _fences(folder: RunFolder) -> list[int]:
         with suppress(StateError):
             found.append(int(checkpoint.manifest().get("fence", 0)))
     return found
-
-
-def _unreadable_log(folder: RunFolder) -> list[str]:
-    """Moves a step log of which nothing can be read into quarantine: training needs none of it."""
-    try:
-        read_log(folder.steps)
-    except FormatError:
-        raise
-    except StateError as error:
-        folder.quarantine.mkdir(exist_ok=True)
-        (folder.steps / "rows.bin").rename(folder.quarantine / f"rows-{time.time_ns()}.bin")
-        return [f"{error.what} Moved to {folder.quarantine.name}/; the log begins anew."]
-    return []
 
 
 def _restore(

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from surefoot.checkpoint.store import Snapshot
+from surefoot.checkpoint.snapshot import Snapshot
 from surefoot.checkpoint.tensors import flatten, unflatten
 from surefoot.errors import StateError
 from surefoot.guard.guard import Watch

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from surefoot.checkpoint.retention import Retention
-from surefoot.checkpoint.store import DirectoryStore, Snapshot
+from surefoot.checkpoint.snapshot import Snapshot
+from surefoot.checkpoint.store import DirectoryStore
 from surefoot.errors import StateError
 
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-_LEAST_VERIFIED = 2
+LEAST_VERIFIED = 2
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def expendable(kept: Sequence[Kept], rules: Retention, *, now_s: float) -> list[
         for k in young:
             firsts.setdefault(math.floor(k.time_s / rules.span_s), k.seq)
         stay |= set(firsts.values())
-    stay |= {k.seq for k in [k for k in sound if k.verified][-_LEAST_VERIFIED:]}
+    stay |= {k.seq for k in [k for k in sound if k.verified][-LEAST_VERIFIED:]}
     stay |= {k.seq for k in [k for k in sound if k.certified][-1:]}
     stay |= {k.seq for k in [k for k in ordered if k.poisoned][-1:]}
     stay |= {k.seq for k in ordered if k.pinned}

@@ -13,54 +13,21 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from surefoot.checkpoint.files import file_hash, rename_new, to_json, write_durably
 from surefoot.checkpoint.kept import SCHEMA, Checkpoint, list_checkpoints
-from surefoot.checkpoint.retention import Retention, expendable
+from surefoot.checkpoint.retention import LEAST_VERIFIED, Retention, expendable
+from surefoot.checkpoint.snapshot import Snapshot, is_finite
 from surefoot.checkpoint.tensors import load_tensors, safetensors_chunks
 from surefoot.durable import sync_directory
 from surefoot.errors import StateError
-
-
-def _nothing_more(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {}
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A whole state: tensors by name, and everything else as JSON.
-
-    frozen: tensors that training does not change. finite: names in `model` whose numbers must be finite.
-    metrics: of the newest validation. more: computes facts from `model` and `frozen` once they can no
-    longer change: what takes time, such as a digest.
-    """
-
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    facts: dict[str, Any]
-    frozen: dict[str, Tensor] = field(default_factory=dict)
-    finite: frozenset[str] = frozenset()
-    metrics: dict[str, float] = field(default_factory=dict)
-    more: Callable[[Mapping[str, Tensor]], dict[str, Any]] = _nothing_more
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All, under names that no two share."""
-        for part in ("model", "frozen", "optimizer"):
-            for name, tensor in getattr(self, part).items():
-                yield f"{part}:{name}", tensor
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all tensors."""
-        return sum(t.numel() * t.element_size() for _, t in self.tensors())
 
 
 class DirectoryStore:
@@ -122,7 +89,7 @@ class DirectoryStore:
                 "schema": SCHEMA, "run": self._run, "recipe": self._recipe, "fence": self._fence,
                 "seq": seq, "step": step,
                 "time": round(time.time(), 3), "metrics": snapshot.metrics,
-                "poisoned": not _finite(snapshot), "files": files,
+                "poisoned": not is_finite(snapshot), "files": files,
             }  # fmt: skip
             manifest["self"] = hashlib.sha256(to_json(manifest)).hexdigest()
             write_durably(temporary / "MANIFEST.json", [to_json(manifest)])
@@ -213,8 +180,11 @@ class DirectoryStore:
     def _retain(self) -> None:
         by_seq = {c.seq: c for c in self.checkpoints()}
         kept = [c.kept(verified=c.seq in self._verified) for c in by_seq.values()]
-        kept = [replace(k, pinned=True) if k.seq == self.protected else k for k in kept]
-        for one in expendable(kept, self._retention, now_s=time.time()):
+        rules = self._retention
+        if rules.last > LEAST_VERIFIED and self.protected not in sorted(by_seq)[-rules.last :]:
+            kept = [replace(k, pinned=True) if k.seq == self.protected else k for k in kept]
+            rules = replace(rules, last=rules.last - (self.protected in by_seq))  # it takes one's place
+        for one in expendable(kept, rules, now_s=time.time()):
             checkpoint = by_seq[one.seq]
             trash = self.path / f".trash-{checkpoint.path.name}"
             os.rename(checkpoint.path, trash)  # so that a kill leaves no half of it under its name
@@ -226,21 +196,6 @@ class DirectoryStore:
         for entry in self.path.iterdir():
             if entry.name.startswith((".tmp-", ".trash-")):
                 shutil.rmtree(entry)
-
-
-def _finite(snapshot: Snapshot) -> bool:
-    """Whether the numbers that must be finite are: weights, and what the optimizer keeps for each of them.
-    Others may hold what they like: a causal mask is full of -inf, a running maximum begins there.
-    """
-    watched = [t for name, t in snapshot.model.items() if name in snapshot.finite]
-    for tensor in [*watched, *(t for t in snapshot.optimizer.values() if t.ndim)]:
-        plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        if plain.is_floating_point() and plain.numel():
-            plain = plain.float() if plain.element_size() == 1 else plain
-            least, most = torch.aminmax(plain.detach())
-            if not bool(torch.isfinite(least) & torch.isfinite(most)):
-                return False
-    return True
 
 
 def out_of_space(error: BaseException) -> bool:

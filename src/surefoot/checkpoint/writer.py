@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from surefoot.checkpoint.kept import Checkpoint
-from surefoot.checkpoint.store import DirectoryStore, Snapshot
+from surefoot.checkpoint.snapshot import Snapshot
+from surefoot.checkpoint.store import DirectoryStore
 
 
 @dataclass(frozen=True)

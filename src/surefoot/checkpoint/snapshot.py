@@ -1,0 +1,58 @@
+"""A state in memory, on its way to the store or from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _nothing_more(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A whole state: tensors by name, and everything else as JSON.
+
+    frozen: tensors that training does not change. finite: names in `model` whose numbers must be finite.
+    metrics: of the newest validation. more: computes facts from `model` and `frozen` once they can no
+    longer change: what takes time, such as a digest.
+    """
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    facts: dict[str, Any]
+    frozen: dict[str, Tensor] = field(default_factory=dict)
+    finite: frozenset[str] = frozenset()
+    metrics: dict[str, float] = field(default_factory=dict)
+    more: Callable[[Mapping[str, Tensor]], dict[str, Any]] = _nothing_more
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All, under names that no two share."""
+        for part in ("model", "frozen", "optimizer"):
+            for name, tensor in getattr(self, part).items():
+                yield f"{part}:{name}", tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(t.numel() * t.element_size() for _, t in self.tensors())
+
+
+def is_finite(snapshot: Snapshot) -> bool:
+    """Whether the numbers that must be finite are: weights, and what the optimizer keeps for each of them.
+    Others may hold what they like: a causal mask is full of -inf, a running maximum begins there.
+    """
+    watched = [t for name, t in snapshot.model.items() if name in snapshot.finite]
+    for tensor in [*watched, *(t for t in snapshot.optimizer.values() if t.ndim)]:
+        plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        if plain.is_floating_point() and plain.numel():
+            plain = plain.float() if plain.element_size() == 1 else plain
+            least, most = torch.aminmax(plain.detach())
+            if not bool(torch.isfinite(least) & torch.isfinite(most)):
+                return False
+    return True

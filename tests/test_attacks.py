@@ -24,6 +24,7 @@ from torch import nn
 
 import surefoot as sf
 from surefoot.identity import describe
+from surefoot.record.recorder import Recorder
 from surefoot.record.rows import read_newest
 
 
@@ -616,6 +617,24 @@ def test_lost_checkpoints_are_found(tmp_path, fit):
     (*_, newest) = sf.open_run(done.run_dir).checkpoints()
     shutil.rmtree(newest.path)
     assert [f.what for f in sf.open_run(done.run_dir).verify()] == ["the newest checkpoint is missing"]
+
+
+def test_a_kill_between_a_checkpoint_and_its_event_loses_nothing(tmp_path, monkeypatch):
+    """Later checkpoints that no event tells of are no reason to miss the one that they replaced."""
+    real = Recorder.event
+
+    def event(self, kind, **facts):
+        if kind != "checkpointed" or facts["step"] < 4:
+            real(self, kind, **facts)
+
+    monkeypatch.setattr(Recorder, "event", event)
+    done = sf.fit(
+        recipe(), out=tmp_path / "run", operations=sf.Operations(checkpoint={"every": 2, "keep_last": 2})
+    )
+    view = sf.open_run(done.run_dir)
+    told = [e["name"] for e in view.events() if e["kind"] == "checkpointed"]
+    assert told[-1] not in {c.path.name for c in view.checkpoints()}
+    assert view.verify() == []
 
 
 class Moody:

@@ -40,7 +40,16 @@ class Auto:
         return min(least, self.risk_s)
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Asked:
+    """What was so when a state was handed to the writer."""
+
+    num_refused: int
+    validated_at: int
+    stall_s: float
+
+
+@dataclass(frozen=True)
 class _Candidate:
     """A checkpoint on its way to being certified."""
 
@@ -74,10 +83,8 @@ class Keeper:
     _failures: int = 0
     _retry_at: float = 0.0
     _candidate: _Candidate | None = None
-    _refused_at: dict[int, int] = field(default_factory=dict)
-    _stalls_s: dict[int, float] = field(default_factory=dict)
+    _asked: dict[int, _Asked] = field(default_factory=dict)
     _is_kept: tuple[int, int] | None = None
-    _validated_at: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.every, Cadence):
@@ -129,10 +136,10 @@ class Keeper:
             self._failed(trouble)
             return
         self._retry_at = math.inf  # until it is known what becomes of this one
-        self._refused_at[self.state.step] = self.state.num_refused
-        self._validated_at[self.state.step] = self.state.validated_at
-        self.writer.submit(self.state.snapshot(), self.state.step)
-        self._stalls_s[self.state.step] = time.perf_counter() - begun
+        state = self.state
+        self.writer.submit(state.snapshot(), state.step)
+        stall_s = time.perf_counter() - begun
+        self._asked[state.step] = _Asked(state.num_refused, state.validated_at, stall_s)
 
     def finish(self, *, hurry: bool) -> bool:
         """Keeps the state and waits until it is durable; whether it is.
@@ -160,26 +167,24 @@ class Keeper:
         return False
 
     def _settle(self, done: Written) -> None:
-        refused = self._refused_at.pop(done.step, self.state.num_refused)
+        asked = self._asked[done.step]
+        self._asked = {step: a for step, a in self._asked.items() if step > done.step}
         if done.error is not None or done.checkpoint is None:
             self._failed(done.error)
             return
         self._failures = 0
-        stall_s = self._stalls_s.pop(done.step, 0.0)
-        self._cost_s = stall_s + done.write_s
+        self._cost_s = asked.stall_s + done.write_s
         facts = {"name": done.checkpoint.path.name, "seconds": round(done.seconds, 6)}
-        facts["stall_s"] = round(stall_s, 6)
+        facts["stall_s"] = round(asked.stall_s, 6)
         if done.poisoned:
             self.poisoned = True
             self.record.event("checkpoint_poisoned", step=done.step, **facts)
             return
         self.newest = done.checkpoint
-        self._is_kept = (done.step, self._validated_at.pop(done.step, -1))
+        self._is_kept = (done.step, asked.validated_at)
         if self._candidate is None:
-            self._candidate, self.store.protected = (
-                _Candidate(done.checkpoint, refused),
-                done.checkpoint.seq,
-            )
+            self._candidate = _Candidate(done.checkpoint, asked.num_refused)
+            self.store.protected = done.checkpoint.seq
         self.record.event("checkpointed", step=done.step, **facts)
         self.prepare_ballast()
 

@@ -171,9 +171,12 @@ class RunView:
         return findings
 
     def _missing(self, events: list[Event]) -> list[Finding]:
-        """The newest checkpoint that the events tell of, if it is not there."""
+        """The newest checkpoint that the events tell of, if neither it nor a later one is there. (A kill
+        may come between a checkpoint and its event, so later ones may be there that no event tells of.)
+        """
         names = [e["name"] for e in events if e["kind"] == "checkpointed"]
-        if not names or (self._folder.checkpoints / names[-1]).is_dir():
+        newest = max((checkpoint.seq for checkpoint in self.checkpoints()), default=0)
+        if not names or newest >= int(names[-1].split("-")[0]):
             return []
         if any(self._folder.quarantine.glob(f"{names[-1]}*")):  # told of when it was put there
             return []

@@ -190,7 +190,8 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
             return "preempted"  # a stop was asked for while validating
         keeper.look()
         if keeper.poisoned:
-            _finite(run)  # says so
+            reason = "weights, or what the optimizer keeps for them, are not finite"
+            record.event("diverged", step=state.step, reason=reason)
             return "diverged"
         if keeper.due():
             _settle(run, None, None)

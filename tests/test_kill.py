@@ -110,11 +110,11 @@ def test_killed_at_random_instants(tmp_path, uninterrupted, seed, settings):
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(40))
 def test_killed_a_thousand_times(tmp_path, uninterrupted, seed):
     settings = [(), ("optimizer=adamw",), ("tail=pad",), ("precision=bf16",)][seed % 4]
     kills = kill_until_done(tmp_path / "run", random.Random(100 + seed), *settings)
-    assert kills >= 10
+    assert kills >= 25  # 40 times that many
     assert_equal_runs(tmp_path / "run", uninterrupted(*settings))
 
 

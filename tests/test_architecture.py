@@ -15,7 +15,8 @@ LEVELS = [
     PARTS,
     {"state"},
     {"train_step"},
-    {"keep", "stopping"},
+    {"keep", "stopping", "blame"},
+    {"heal"},
     {"train"},
     {"recipe", "operations", "identity", "environment", "model"},
     {"mending"},
@@ -32,11 +33,13 @@ READ_BY_READERS = {"record", "errors", "types"}
 OPTIONAL = {"pyarrow", "tensorboard", "mlflow", "wandb", "optuna", "ray", "flwr", "opacus"}
 LONGER_FOR_A_REASON = {
     "build.py": "everything that joins a recipe with operations",
+    "heal.py": "one story: going back, and what is tried",
     "cli/main.py": "one function per command, mostly signatures",
     "operations.py": "every key with its default and meaning",
     "optim/schedules.py": "one small class per schedule",
     "record/rows.py": "one format: blocks, ring, and checking both",
     "train.py": "the loop",
+    "train_step.py": "one update, whole",
 }
 
 

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import surefoot as sf
-from surefoot.record.columns import COLUMNS, lineage
+from surefoot.record.columns import COLUMNS, Column, lineage
 from surefoot.record.events import Events, event_lineage, read_events
 from surefoot.record.log import StepLog
 from surefoot.record.rows import RING_ROWS, SEAL_ROWS, read_log, read_newest
 
 
 def row(i):
-    return [i, 1, *[i + k for k in range(5)], *[i / 3 + k for k in range(len(COLUMNS) - 7)]]
+    return [i, 1, *[i + k for k in range(6)], *[i / 3 + k for k in range(len(COLUMNS) - 8)]]
 
 
 def expected(steps):
@@ -161,6 +161,29 @@ def test_a_damaged_column_name_costs_no_row(tmp_path):
     assert all(np.array_equal(before[name], after.columns[name], equal_nan=True) for name in before)
     StepLog(tmp_path / "steps").close()  # continuing mends it
     assert read_log(tmp_path / "steps").damage == []
+
+
+def test_a_log_of_an_earlier_version_goes_on_with_the_columns_it_has(tmp_path):
+    fewer = [c for c in COLUMNS if c.name != "cost"]
+    keep = [i for i, c in enumerate(COLUMNS) if c.name != "cost"]
+    log = StepLog(tmp_path / "steps", "abc", fewer)
+    for i in range(300):
+        log.append([row(i)[k] for k in keep])
+    log.close()
+    log = StepLog(tmp_path / "steps", "abc")
+    for i in range(300, 700):
+        log.append(row(i))
+    found = read_log(tmp_path / "steps")  # while it is open
+    log.close()
+    assert found.damage == []
+    assert list(found.columns) == [c.name for c in fewer]
+    assert found.columns["time_s"].tolist() == [row(i)[-1] for i in range(700)]
+
+
+def test_a_log_of_a_later_version_is_refused(tmp_path):
+    StepLog(tmp_path / "steps", "abc", [*COLUMNS, Column("novel", "d", "")]).close()
+    with pytest.raises(sf.StateError, match="columns that this version does not write"):
+        StepLog(tmp_path / "steps", "abc")
 
 
 def test_a_full_disk_costs_no_row(tmp_path, monkeypatch):

@@ -311,6 +311,56 @@ def test_a_hang_is_reported_with_every_threads_stack(tmp_path):
     assert stacks.count("Thread 0x") >= 2
 
 
+def test_a_hang_before_the_first_step_shows_its_stacks_too(tmp_path):
+    code = WORKERS.replace("{trouble}", "pass").replace("model=lambda:", "model=lambda: time.sleep(3) or")
+    (tmp_path / "mine.py").write_text(code)
+    done = surefoot("train", "mine.py", "--out", "run", "--set", "hang_after=1s", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'mine.py", line' in done.stderr
+    assert "Timeout" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("files", "finding"),
+    [
+        (["steps/rows.bin", "steps/tail.bin"], ("steps/rows.bin", "belongs to another run")),
+        (["steps/tail.bin"], ("steps/tail.bin", "rows that rows.bin has otherwise")),
+        (["events.jsonl"], ("events.jsonl", "belongs to another run")),
+        (["checkpoints"], ("checkpoints/000001-000000016/MANIFEST.json", "belongs to another run")),
+    ],
+)
+def test_files_of_another_run_are_found(tmp_path, fit, files, finding):
+    """One of the same recipe, with another seed of nothing but the data's order."""
+    run, other = fit().run_dir, fit(seed=1).run_dir
+    assert sf.open_run(run).verify() == []
+    for file in files:
+        if (run / file).is_dir():
+            shutil.rmtree(run / file)
+            shutil.copytree(other / file, run / file)
+        else:
+            shutil.copy(other / file, run / file)
+    found = {(f.file, f.what.split(",")[0].split(" at byte")[0]) for f in sf.open_run(run).verify()}
+    assert finding in found
+
+
+def test_each_damaged_file_of_a_checkpoint_is_named_with_its_place(tmp_path):
+    wide = recipe(model=lambda: torch.nn.Linear(8, 100_000), until=2)
+    run = sf.fit(wide, out=tmp_path / "run").run_dir
+    folder = sf.open_run(run).checkpoints()[-1].path
+    for name, at in (("model.safetensors", 2_500_000), ("state.json", 10)):
+        data = bytearray((folder / name).read_bytes())
+        data[at] ^= 1
+        (folder / name).write_bytes(data)
+    (folder / "mine.txt").touch()
+    found = {f.file.split("/")[-1]: (f.offset, f.what) for f in sf.open_run(run).verify()}
+    assert {name: offset for name, (offset, _) in found.items()} == {
+        "model.safetensors": 2 << 20,
+        "state.json": 0,
+        "mine.txt": None,
+    }
+    assert found["model.safetensors"][1] == "altered at or after byte 2097152"
+
+
 def contents(run: Path) -> dict[Path, bytes]:
     """Of all files but the lock, and what a process notes of itself."""
     files = [p for p in run.rglob("*") if p.is_file() and p.name != "LOCK" and p.parent.name != "incidents"]

@@ -123,7 +123,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(tmp_path, fit):
     file = kept[-1].path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     view = sf.open_run(tmp_path / "run")
-    assert [f.file for f in view.verify()] == [f"checkpoints/{kept[-1].path.name}"]
+    assert [f.file for f in view.verify()] == [f"checkpoints/{kept[-1].path.name}/model.safetensors"]
     done = sf.fit(recipe(), out=tmp_path / "run", operations=operations)
     assert done.digest == fit().digest
     rejected = [e for e in view.events(all_events=True) if e["kind"] == "checkpoint_rejected"]

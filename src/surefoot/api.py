@@ -28,7 +28,7 @@ class Result:
     status: ``finished``, ``stopped_early``, ``preempted``, ``budget`` or ``diverged``. reason: what asked
     for the stop, if anything did. step: attempted updates.
     metrics: of the last validation. model: with the weights after that step. digest: SHA-256 of them.
-    ledger: head of the chain over all applied sample ids. interventions: updates that were refused.
+    ledger: head of the chain over all applied sample ids. interventions: refused updates and rollbacks.
     """
 
     status: str
@@ -92,6 +92,6 @@ def result(built: Build) -> Result:
         run_dir=built.folder.path,
         digest=digest(state.model),
         ledger=state.ledger.value,
-        interventions=state.num_refused,
+        interventions=state.num_refused + state.guard.history.count("rollback"),
         reason="" if built.run is None else built.run.stop.reason or built.run.stop.budget,
     )

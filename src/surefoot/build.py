@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from surefoot.checkpoint.retention import Retention
+from surefoot.checkpoint.snapshot import Snapshot
 from surefoot.checkpoint.writer import Writer
 from surefoot.data.feed import Feed
 from surefoot.data.plan import Cadence, Plan
@@ -28,6 +31,8 @@ from surefoot.errors import (
     SurefootError,
     nearest,
 )
+from surefoot.guard.hang import stacks_if_stuck
+from surefoot.heal import REMEMBERED, Healer, Row
 from surefoot.identity import describe, describe_model
 from surefoot.keep import Auto, Keeper
 from surefoot.keys import key
@@ -46,6 +51,7 @@ from surefoot.parallel.device import choose_device
 from surefoot.parallel.single import Single
 from surefoot.protocols import KeyedSource, Objective, Weighing
 from surefoot.recipe import Recipe, Validation
+from surefoot.record.columns import lineage
 from surefoot.record.folder import RunFolder
 from surefoot.record.rows import read_log
 from surefoot.resume import begin_or_continue
@@ -58,6 +64,7 @@ from surefoot.types import DurationLike, duration
 _MOST_UPDATES = 1 << 48
 _MEASURED_EVERY_STEP = 1 << 17
 _MEASURED_SELDOM = 16
+_ROWS_FOR_BATCH_NORM = 8
 
 
 @dataclass
@@ -99,6 +106,17 @@ def build(
     if not isinstance(operations, Operations):
         what = type(operations).__name__
         raise OperationsError(f"expected Operations, got {what}.", fix='Operations(device="cpu")')
+    with stacks_if_stuck(seconds(operations.hang_after, name="hang_after")):
+        return _build(recipe, folder, operations, origin, fresh)
+
+
+def _build(
+    recipe: Recipe,
+    folder: RunFolder,
+    operations: Operations,
+    origin: Mapping[str, Any] | None,
+    fresh: bool,
+) -> Build:
     folder.holds_run()  # complain before the work
     threads_before = torch.get_num_threads()
     device = choose_device(
@@ -163,6 +181,26 @@ def build(
         newest=opened.checkpoint,
     )
     keeper.prepare_ballast()
+
+    def initial() -> Snapshot:
+        """The state before the first update, made anew."""
+        again = make_model(recipe.model, seed=recipe.seed, device=device)
+        return _assemble(recipe, operations, again, device, plan, schedule)[1].snapshot()
+
+    doubts = _doubts(model, parts)
+    notes += doubts
+    healer = Healer(
+        parts=parts,
+        state=state,
+        feed=feed,
+        schedule=schedule,
+        store=opened.store,
+        total=total,
+        num_samples=plan.num_samples,
+        initial=initial,
+        doubts=doubts,
+        rows=_rows(folder, state),
+    )
     run = Run(
         parts=parts,
         state=state,
@@ -170,7 +208,10 @@ def build(
         schedule=schedule,
         total=total,
         keeper=keeper,
+        healer=healer,
+        rows=healer.rows,
         record=record,
+        told=record,
         evaluation=evaluation,
         validate=validate,
         budget=_budget(operations, folder),
@@ -209,7 +250,7 @@ def _assemble(
     params = [p for p in model.parameters() if p.requires_grad]
     small = sum(p.numel() for p in params) <= _MEASURED_EVERY_STEP
     precision = Precision(recipe.precision, device)
-    guard = recipe.guard.build()
+    guard = recipe.guard.build(device)
     micro = min(recipe.batch.micro or plan.batch_size, plan.batch_size)
     parts = Parts(
         model=model,
@@ -238,6 +279,27 @@ def _assemble(
         early_stopping=_patience(recipe.early_stopping),
     )
     return parts, state, groups
+
+
+def _doubts(model: nn.Module, parts: Parts) -> list[str]:
+    """What is likely to go wrong, told before the first step."""
+    rows = min(parts.micro, parts.physical)
+    norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    if not norms or rows >= _ROWS_FOR_BATCH_NORM:
+        return []
+    return [
+        f"warning: batch norm ({norms[0]}) over {rows} samples at once: its statistics are mostly noise. "
+        f"Use GroupNorm, or micro-batches of at least {_ROWS_FOR_BATCH_NORM}"
+    ]
+
+
+def _rows(folder: RunFolder, state: RunState) -> deque[Row]:
+    """The last rows before the state, for the guard to compare a replay with."""
+    log = lineage(read_log(folder.steps).columns)
+    before = log["step"] < state.step
+    names = ("step", "loss", "grad_norm", "permitted")
+    rows = zip(*(log[name][before][-REMEMBERED:].tolist() for name in names), strict=True)
+    return deque((Row(*row) for row in rows), maxlen=REMEMBERED)
 
 
 def _keep_every(

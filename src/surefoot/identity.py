@@ -185,6 +185,16 @@ def digest_of(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+ADDED: dict[str, Any] = {
+    "recipe.guard.mode": "heal",
+    "recipe.guard.max_rollbacks": 3,
+    "recipe.guard.max_rate_cuts": 3,
+    "recipe.guard.rate_cut": 0.5,
+    "recipe.guard.max_quarantined": 0.05,
+}
+"""Settings that runs of earlier versions do not have, and what they may be for such a run to go on."""
+
+
 def differences(before: Any, now: Any, path: str = "") -> list[str]:
     """Lines ``path: before -> now`` for all places in which two descriptions differ."""
     if isinstance(before, dict) and isinstance(now, dict):
@@ -199,7 +209,9 @@ def differences(before: Any, now: Any, path: str = "") -> list[str]:
             for i, (b, n) in enumerate(zip(before, now, strict=True))
             for line in differences(b, n, f"{path}[{i}]")
         ]
-    return [] if before == now else [f"{path}: {before} -> {now}"]
+    if before == now or (before is _ABSENT and path in ADDED and now == ADDED[path]):
+        return []
+    return [f"{path}: {before} -> {now}"]
 
 
 _ABSENT = "(absent)"

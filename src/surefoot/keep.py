@@ -15,7 +15,9 @@ from surefoot.data.plan import Cadence
 from surefoot.record.recorder import Recorder
 from surefoot.state import RunState
 
-_CERTIFIED_AFTER = 100
+_CERTIFIED_AFTER = 250
+"""More than the guard goes back from an alarm: so there is a state to start its replays from."""
+_FEW_REFUSED = 8
 _LEAST_AUTO_S = 2.0
 _WORTH_RESERVING = 16 << 20
 _PATIENCE_S = 30.0
@@ -119,7 +121,7 @@ class Keeper:
             self._settle(self.writer.written.popleft())
         candidate = self._candidate
         if candidate and self.state.step >= candidate.checkpoint.step + _CERTIFIED_AFTER:
-            if candidate.num_refused == self.state.num_refused:
+            if self.state.num_refused - candidate.num_refused < _FEW_REFUSED:
                 self.store.certify(candidate.checkpoint)
             self._candidate, self.store.protected = None, None
 
@@ -140,6 +142,21 @@ class Keeper:
         self.writer.submit(state.snapshot(), state.step)
         stall_s = time.perf_counter() - begun
         self._asked[state.step] = _Asked(state.num_refused, state.validated_at, stall_s)
+
+    def settle(self) -> None:
+        """Waits, for a while, until nothing is being written."""
+        self.writer.drain(_PATIENCE_S)
+        self.look()
+
+    def went_back(self) -> None:
+        """The run went back to an earlier state: keeps it, before it goes on from there, so that whoever
+        continues the run does not come from a state that was given up.
+        """
+        self._candidate, self.store.protected = None, None
+        if isinstance(self.every, Cadence):
+            self._due_step = self.every.after(self.state.step)
+        self.keep()
+        self.settle()
 
     def finish(self, *, hurry: bool) -> bool:
         """Keeps the state and waits until it is durable; whether it is.

@@ -190,7 +190,10 @@ def _tell(
         record.event("checkpoint_rejected", step=state.step, reason=reason)
         opened.notes.append(reason)
     name = checkpoint.path.name if checkpoint else ""
-    record.event("resumed", step=state.step, checkpoint=name, environment_changed=changed)
+    done = len(state.guard.history.interventions)
+    record.event(
+        "resumed", step=state.step, checkpoint=name, environment_changed=changed, interventions=done
+    )
     where = f"from checkpoint {name}" if name else "no checkpoint was completed before"
     opened.notes.append(f"continues at step {state.step} ({where}), attempt {record.attempt}")
     if lock.took_over:

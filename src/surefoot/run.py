@@ -7,14 +7,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from surefoot.checkpoint.kept import Checkpoint, list_checkpoints
 from surefoot.data.plan import Plan
 from surefoot.errors import StateError
+from surefoot.guard.history import History
 from surefoot.record.columns import Columns, lineage
 from surefoot.record.events import Event, event_lineage, read_events
 from surefoot.record.folder import RunFolder
 from surefoot.record.ledger import Ledger
 from surefoot.record.rows import check_log, read_log
+from surefoot.types import HOLE
 
 
 class Finding(NamedTuple):
@@ -96,7 +100,8 @@ class RunView:
         """What ``surefoot show --json`` prints.
 
         step, samples, epoch: how far the log goes; epoch counts epochs done, with a fraction.
-        metrics: name to last value; ``train_loss`` is the last row's. interventions: refused updates.
+        metrics: name to last value; ``train_loss`` is the last row's. interventions: refused updates and
+        rollbacks. quarantined: ids of samples left out, as of the newest checkpoint.
         digest, ledger: of the newest checkpoint, which may lie before `step`.
         """
         log, everything = self.log(), self.events(all_events=True)
@@ -110,6 +115,7 @@ class RunView:
                 metrics |= {name: float(value) for name, value in event["metrics"].items()}
         kept = self.checkpoints()
         facts = _facts(kept[-1]) if kept else {}
+        history = _history(facts)
         everything_logged = self.log(all_rows=True)
         cost = float(everything_logged["cost"].sum())
         epochs = self.plan.epochs(step)
@@ -121,10 +127,11 @@ class RunView:
             "reason": last_diverged.get("reason") or ended.get("error") or ended.get("reason"),
             "step": step,
             "total_steps": self.total,
-            "samples": self.plan.samples(step),
+            "samples": int(log["samples"][-1]) if step else 0,
             "epoch": int(epochs) if epochs.denominator == 1 else round(float(epochs), 4),
             "metrics": metrics,
-            "interventions": int((~log["permitted"]).sum()),
+            "interventions": int((~log["permitted"]).sum()) + history.count("rollback"),
+            "quarantined": history.quarantined(step),
             "digest": facts.get("digest"),
             "ledger": facts.get("ledger"),
             "checkpoint_step": kept[-1].step if kept else None,
@@ -148,23 +155,29 @@ class RunView:
         findings = [
             Finding(os.path.normpath(f"steps/{file}"), f"{what} at byte {offset}", offset)
             for file, offset, what in check_log(
-                self._folder.steps, live=live, ended=ended, num_events=len(events) + len(broken)
+                self._folder.steps,
+                run=self.identity["id"],
+                live=live,
+                ended=ended,
+                num_events=len(events) + len(broken),
             )
         ]
         for number, offset in broken:
             what = f"line {number} is not whole or not in its place, at byte {offset}"
             findings.append(Finding("events.jsonl", what, offset))
+        begun = next((e for e in events if e["kind"] == "started"), {})
+        if begun.get("run", self.identity["id"]) != self.identity["id"]:
+            findings.append(Finding("events.jsonl", f"belongs to another run, {begun['run']}", 0))
         findings += self._missing(events)
         log = lineage(self._rows())
         for checkpoint in self.checkpoints():
             name = f"checkpoints/{checkpoint.path.name}"
-            try:
-                checkpoint.verify(self.identity["id"])
-                kept = checkpoint.facts()["ledger"]
-            except StateError as error:
-                findings.append(Finding(name, error.what))
+            damage = checkpoint.damage(self.identity["id"])
+            findings += [Finding(f"{name}/{file}", what, offset) for file, what, offset in damage]
+            if damage:
                 continue
-            told = self._ledger_at(checkpoint.step, log)
+            facts = checkpoint.facts()
+            kept, told = facts["ledger"], self._ledger_at(checkpoint.step, log, _history(facts))
             if told != kept:
                 what = f"the ledger is {kept[:12]}..., but plan and log give {told and told[:12]}..."
                 findings.append(Finding(name, what))
@@ -182,7 +195,7 @@ class RunView:
             return []
         return [Finding(f"checkpoints/{names[-1]}", "the newest checkpoint is missing")]
 
-    def _ledger_at(self, step: int, log: Columns) -> str | None:
+    def _ledger_at(self, step: int, log: Columns, history: History) -> str | None:
         """The ledger after `step` attempted updates, made again from plan and log."""
         steps, permitted = log["step"].tolist(), log["permitted"].tolist()
         if steps[:step] != list(range(step)):
@@ -190,8 +203,14 @@ class RunView:
         ledger = Ledger()
         for t in range(step):
             if permitted[t]:
-                ledger.extend(t, self.plan.ids(t))
+                ids = self.plan.ids(t)
+                holes = history.holes(t, ids)
+                ledger.extend(t, ids if holes is None else np.where(holes, HOLE, ids))
         return ledger.value
+
+
+def _history(facts: dict[str, Any]) -> History:
+    return History.from_json(facts.get("stateful", {}).get("guard", {}).get("history", []))
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:

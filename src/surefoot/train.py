@@ -12,7 +12,7 @@ import random
 import threading
 import time
 import traceback
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, MutableSequence, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,14 +21,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from surefoot.data.feed import Feed
+from surefoot.data.feed import Feed, leave_out
 from surefoot.data.plan import Cadence
 from surefoot.errors import RecipeError, StateError, SurefootError, failure_class
+from surefoot.guard.detect import FINE, GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE
 from surefoot.guard.guard import Stop
 from surefoot.guard.hang import HangWatch
+from surefoot.guard.review import Alarm
+from surefoot.heal import EVERY, Healer, Row, StopAskedError
 from surefoot.keep import Keeper
 from surefoot.measure.evaluate import Evaluation
 from surefoot.measure.readings import Readings
+from surefoot.optim.precision import LossScale
 from surefoot.optim.schedules import Resolved
 from surefoot.record.recorder import Recorder
 from surefoot.state import RunState
@@ -36,8 +40,21 @@ from surefoot.stopping import Budget, NoLongerWaiting, StopRequest, signals_ask
 from surefoot.train_step import Attempt, Parts, train_step
 from surefoot.types import Minibatch, Outcome, Slots
 
+_WARN_EVERY = 1000
 _LEAVE_S = 10.0
 """How long a process that has lost the run waits for its writer to notice."""
+
+
+class Silence:
+    """A record that keeps nothing: of updates that are taken again."""
+
+    attempt = 0
+
+    def row(self, values: Sequence[int | float]) -> None:
+        """Forgotten."""
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Forgotten."""
 
 
 @dataclass
@@ -56,7 +73,9 @@ class Run:
     schedule: Resolved
     total: int
     keeper: Keeper
+    healer: Healer
     record: Recorder
+    told: Recorder | Silence
     evaluation: Evaluation | None
     validate: Cadence | None
     budget: Budget
@@ -66,8 +85,10 @@ class Run:
     threads_before: int
     fresh: bool
     readings: Readings[_Label]
+    rows: MutableSequence[Row]
     stop: StopRequest = field(default_factory=StopRequest)
     status: str = "running"
+    warned: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +154,20 @@ def _attempt(run: Run) -> Generator[Outcome, None, str]:
     """Updates from `state.step` on; returns the status that the run ends with."""
     if _validation_due(run) and _validate(run) is None:
         return "preempted"
-    with closing(run.feed.batches(run.state.step, run.total)) as batches:  # else workers outlive errors
-        return (yield from _updates(run, batches))
+    guard = run.parts.guard
+    while True:
+        if guard.pending is not None:
+            status = _heal(run, guard.pending)
+            if status:
+                return status
+        with closing(run.feed.batches(run.state.step, run.total)) as batches:  # else workers outlive errors
+            status = yield from _updates(run, batches)
+        if status:
+            return status
 
 
 def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None, str]:
+    """Updates until the run ends, or, with an empty status, until the guard's alarm."""
     state, parts, record = run.state, run.parts, run.record
     next_validation = run.validate.after(state.step) if run.validate else run.total + 1
     keeper = run.keeper
@@ -159,11 +189,8 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
                 return "preempted"
             raise
         data_wait_s = time.perf_counter() - asked
+        batch, multiplier, attempt = _update(run, batch)
         slots = batch.slots
-        multiplier = run.schedule(state.step, cuts=state.lr_cuts)
-        attempt = train_step(parts, batch, multiplier)
-        state.step += 1
-        state.samples += slots.num_samples
 
         now = time.perf_counter()
         state.elapsed_s += now - boundary
@@ -177,6 +204,11 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
             slots.step, slots.epoch, state.samples, lr, attempt.loss, attempt.grad_norm,
             attempt.update_ratio, attempt.permitted, parts.model, batch,
         )  # fmt: skip
+        if isinstance(verdict, Alarm):
+            _settle(run, None, None)
+            parts.guard.pending = verdict
+            yield outcome
+            return ""
         if verdict is not None:
             yield outcome
             record.event("diverged", step=state.step, reason=verdict.reason, fix=verdict.fix)
@@ -188,7 +220,16 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
         yield outcome
         if _validation_due(run):
             return "preempted"  # a stop was asked for while validating
+        if state.step % EVERY == 0 and parts.guard.heals:
+            _settle(run, None, None)
+            parts.guard.pending = run.healer.remember()
+            boundary = time.perf_counter()
         keeper.look()
+        if keeper.poisoned and parts.guard.heals:
+            keeper.poisoned = False
+            parts.guard.pending = run.healer.unsound()
+        if parts.guard.pending is not None:
+            return ""
         if keeper.poisoned:
             reason = "weights, or what the optimizer keeps for them, are not finite"
             record.event("diverged", step=state.step, reason=reason)
@@ -200,6 +241,68 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
     return "stopped_early" if state.stopped_early else "finished"
 
 
+def _update(run: Run, batch: Minibatch) -> tuple[Minibatch, float, Attempt]:
+    """One update: the batch without what is in quarantine, the schedule's multiplier, what came of it."""
+    state, history = run.state, run.parts.guard.history
+    multiplier = run.schedule(state.step, cuts=state.lr_cuts)
+    if history.interventions:
+        multiplier = history.multiplier(state.step, multiplier)
+        holes = history.holes(state.step, batch.slots.ids)
+        batch = batch if holes is None else leave_out(batch, holes)
+    attempt = train_step(run.parts, batch, multiplier)
+    state.step += 1
+    state.samples += batch.slots.num_samples
+    return batch, multiplier, attempt
+
+
+def _heal(run: Run, alarm: Alarm) -> str:
+    """Goes back to a healthy state and on from there; the status, if the run ends now."""
+    guard = run.parts.guard
+    run.keeper.settle()
+    whole = run.state.snapshot().copy()
+
+    def replay(until: int, rows: list[Row] | None = None) -> Alarm | Stop | None:
+        return _replay(run, until, [] if rows is None else rows)
+
+    try:
+        done = run.healer.heal(alarm, replay)
+    except StopAskedError:
+        run.state.restore(whole)  # with the alarm still pending
+        return "preempted"
+    if done is None:
+        run.state.restore(whole)
+        guard.reviewed.told_slow = True
+        run.told.event("alarm", step=alarm.step + 1, detector=alarm.detector, reason=alarm.reason)
+    guard.pending = None
+    if isinstance(done, Stop):
+        run.told.event("diverged", step=run.state.step, reason=done.reason, fix=done.fix)
+        return "diverged"
+    if done is None or "at" not in done:  # the run goes on from where it is
+        if done is not None:
+            run.told.event("borne", **done, interventions=len(guard.history.interventions))
+        return ""
+    run.told.event("rolled_back", **done, interventions=len(guard.history.interventions))
+    run.keeper.went_back()
+    return ""
+
+
+def _replay(run: Run, until: int, rows: list[Row]) -> Alarm | Stop | None:
+    """Takes updates up to a step, leaving no trace beside the state; the first alarm, or None."""
+    quiet = replace(run, told=Silence(), readings=Readings(run.parts.device), rows=rows)
+    state = run.state
+    while state.step < until and not state.stopped_early:
+        if run.stop():
+            raise StopAskedError
+        batch, _, attempt = _update(quiet, run.feed.at(state.step))
+        label = _Label(batch.slots, state.samples, 0.0, attempt.num_micro, 0.0, 0.0, 0.0)
+        verdict = _settle(quiet, label, attempt)
+        if verdict is not None:
+            return verdict
+        if _validation_due(quiet) and _validate(quiet) is None:
+            raise StopAskedError
+    return _settle(quiet, None, None)
+
+
 def _wait_for(batches: Iterator[Minibatch], stop: StopRequest) -> Minibatch:
     try:
         stop.waiting = True
@@ -208,35 +311,79 @@ def _wait_for(batches: Iterator[Minibatch], stop: StopRequest) -> Minibatch:
         stop.waiting = False
 
 
-def _settle(run: Run, label: _Label | None, attempt: Attempt | None) -> Stop | None:
-    """Writes the rows whose numbers have arrived: with arguments those that are due, else all."""
-    state, verdict = run.state, None
+def _settle(run: Run, label: _Label | None, attempt: Attempt | None) -> Alarm | Stop | None:
+    """Writes the rows whose numbers have arrived: with arguments those that are due, else all. The first
+    verdict of the guard's review, if it has one.
+    """
+    state, guard, found = run.state, run.parts.guard, None
     if label is None or attempt is None:
         arrived = run.readings.rest()
     else:
-        numbers = (attempt.loss, attempt.grad_norm, attempt.update_ratio, attempt.permitted)
+        numbers = (
+            attempt.loss, attempt.grad_norm, attempt.update_ratio, attempt.permitted, attempt.verdict,
+            attempt.clip,
+        )  # fmt: skip
         scale = () if attempt.loss_scale is None else (attempt.loss_scale,)
         arrived = run.readings.put(label, numbers + scale)
-    for row, (loss, grad_norm, ratio, permitted, *loss_scale) in arrived:
+    for row, (loss, grad_norm, ratio, permitted, verdict, clip, *loss_scale) in arrived:
         slots, scale_used = row.slots, loss_scale[0] if loss_scale else 1.0
-        run.record.row((
-            slots.step, run.record.attempt, slots.epoch, row.samples, slots.num_samples,
-            row.num_micro, int(permitted), row.lr, loss, grad_norm, ratio, scale_used,
+        run.told.row((
+            slots.step, run.told.attempt, slots.epoch, row.samples, slots.num_samples,
+            row.num_micro, int(permitted), int(verdict), row.lr, loss, grad_norm, clip, ratio, scale_used,
             row.data_wait_s, row.step_s, row.wall_s, row.wall_s * run.price_per_s, time.time(),
         ))  # fmt: skip
+        run.rows.append(Row(slots.step, loss, grad_norm, bool(permitted)))
         if permitted:
             state.ledger.extend(slots.step, slots.ids)
         else:
             state.num_refused += 1
-            run.record.event(
-                "skipped", step=slots.step, reason=_why_refused(run, loss, grad_norm), loss=loss,
-                grad_norm=grad_norm,
-            )  # fmt: skip
-        verdict = run.parts.guard.review(step=slots.step, permitted=bool(permitted)) or verdict
-    return verdict
+        overflow = bool(loss_scale) and math.isfinite(loss) and scale_used > LossScale.LEAST
+        expected = overflow and verdict == NOT_FINITE
+        now = guard.review(
+            step=slots.step, loss=loss, verdict=int(verdict), permitted=bool(permitted), expected=expected
+        )  # fmt: skip
+        if not permitted or verdict != FINE:
+            now = _refused(run, slots, loss, grad_norm, int(verdict), permitted=bool(permitted)) or now
+        if isinstance(now, Alarm) and not guard.heals:
+            _warn(run, now)
+        else:
+            found = found or now
+    return found
 
 
-def _why_refused(run: Run, loss: float, grad_norm: float) -> str:
+def _refused(
+    run: Run, slots: Slots, loss: float, grad_norm: float, verdict: int, *, permitted: bool
+) -> Stop | None:
+    """Tells of an update that was refused, or should have been; finds the samples that are to blame."""
+    guard = run.parts.guard
+    why = _why_refused(run, loss, grad_norm, verdict)
+    kind = "would_skip" if permitted else "skipped"
+    run.told.event(kind, step=slots.step, reason=why, loss=loss, grad_norm=grad_norm)
+    if not guard.heals or verdict == FINE or (verdict == NOT_FINITE and "fp16" in why):
+        return None
+    ids = run.healer.blame(slots.step)
+    if not ids:
+        return None
+    stop = run.healer.quarantine(slots, ids, lag=run.readings.lag)
+    if stop is None:
+        number = len(guard.history.interventions)
+        run.told.event("quarantined", step=slots.step, ids=list(ids), reason=why, interventions=number)
+    return stop
+
+
+def _warn(run: Run, alarm: Alarm) -> None:
+    """Tells of an alarm that is only watched, once per stretch."""
+    last = run.warned.get(alarm.detector, -_WARN_EVERY)
+    if alarm.step - last >= _WARN_EVERY:
+        run.warned[alarm.detector] = alarm.step
+        run.told.event("alarm", step=alarm.step, detector=alarm.detector, reason=alarm.reason)
+
+
+def _why_refused(run: Run, loss: float, grad_norm: float, verdict: int) -> str:
+    if verdict == GRADIENT_SPIKE:
+        return "gradient spike: far longer than usual"
+    if verdict == LOSS_SPIKE:
+        return "loss spike: far above what is usual"
     if not math.isfinite(loss):
         return "loss is not finite"
     if math.isfinite(grad_norm):
@@ -266,12 +413,12 @@ def _validate(run: Run) -> dict[str, float] | None:
         return None
     state.metrics, state.validated_at = metrics, state.step
     seconds = round(time.perf_counter() - begun, 6)
-    run.record.event("validated", step=state.step, metrics=metrics, seconds=seconds)
+    run.told.event("validated", step=state.step, metrics=metrics, seconds=seconds)
     if state.plateau is not None and run.schedule.plateau is not None:
         begins, piece = run.schedule.plateau
         if state.step >= begins and state.plateau.spent(metrics[piece.metric]):
             state.lr_cuts += 1
-            run.record.event("rate_cut", step=state.step, metric=piece.metric, cuts=state.lr_cuts)
+            run.told.event("rate_cut", step=state.step, metric=piece.metric, cuts=state.lr_cuts)
     if state.early_stopping is not None:
         spent = state.early_stopping.spent(metrics[run.early_stopping_metric])
         state.stopped_early = spent and state.step < run.total

@@ -55,12 +55,16 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """Numbers of one attempted update: 0-d tensors, see `Outcome`."""
+    """Numbers of one attempted update: 0-d tensors, see `Outcome`. verdict, clip: of the guard; 0-d tensors
+    or numbers.
+    """
 
     loss: Tensor
     grad_norm: Tensor
     update_ratio: Tensor
     permitted: Tensor
+    verdict: float | Tensor
+    clip: float | Tensor
     loss_scale: Tensor | None
     num_micro: int
 
@@ -72,6 +76,31 @@ def train_step(parts: Parts, batch: Minibatch, multiplier: float) -> Attempt:
         RecipeError: the objective returned something else than one loss per sample.
     """
     parts.buffers.remember()
+    loss, grads, num_micro = _gradients(parts, batch)
+    scale = parts.precision.scale
+    grad_norm = norm = global_norm(grads)
+    step = batch.slots.step
+    permitted, verdict, clip = parts.guard.permit(loss, grad_norm, step=step, scaled=scale is not None)
+    if isinstance(clip, Tensor) or clip < 1.0:
+        torch._foreach_mul_(grads, clip)
+        norm = (norm * clip).to(norm.dtype)
+    for transform in parts.transforms:
+        changed = transform(grads, norm)
+        norm = global_norm(grads) if changed is None else changed
+
+    ratio, applied = parts.updater.apply(
+        permitted, step=step, multiplier=multiplier, base=parts.base_lr, grad_norm=norm
+    )
+    parts.buffers.settle(applied, on_host=parts.device.type == "cpu")
+    loss_scale = None
+    if scale is not None:
+        loss_scale = scale.scale
+        scale.adjust(permitted)
+    return Attempt(loss, grad_norm, ratio, applied, verdict, clip, loss_scale, num_micro)
+
+
+def _gradients(parts: Parts, batch: Minibatch) -> tuple[Tensor, list[Tensor], int]:
+    """The loss of the batch, its gradients, and the number of passes."""
     for param in parts.params:
         param.grad = None
     loss, num_micro = accumulate(parts, batch)
@@ -81,26 +110,29 @@ def train_step(parts: Parts, batch: Minibatch, multiplier: float) -> Attempt:
     parts.strategy.reduce_gradients(grads)
     if parts.precision.scale is not None:
         parts.precision.scale.unscale(grads)
+    return loss, grads, num_micro
 
-    grad_norm = norm = global_norm(grads)
-    permitted = parts.guard.permit(loss, grad_norm)
-    for transform in parts.transforms:
-        changed = transform(grads, norm)
-        norm = global_norm(grads) if changed is None else changed
 
-    ratio, applied = parts.updater.apply(
-        permitted,
-        step=batch.slots.step,
-        multiplier=multiplier,
-        base=parts.base_lr,
-        grad_norm=norm,
-    )
-    parts.buffers.settle(applied, on_host=parts.device.type == "cpu")
-    loss_scale = None
-    if parts.precision.scale is not None:
-        loss_scale = parts.precision.scale.scale
-        parts.precision.scale.adjust(permitted)
-    return Attempt(loss, grad_norm, ratio, applied, loss_scale, num_micro)
+def probe(parts: Parts, batch: Minibatch) -> tuple[float, float]:
+    """Loss, and norm of the gradient, that a step with this batch would have; nothing is changed."""
+    parts.buffers.remember()
+    loss, grads, _ = _gradients(parts, batch)
+    norm = global_norm(grads).item()
+    parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
+    return loss.item(), norm
+
+
+def losses_of(parts: Parts, batch: Minibatch) -> Tensor:
+    """The loss of each sample, float64[B], in a step with this batch; nothing is changed."""
+    parts.buffers.remember()
+    found = []
+    for piece in _pieces(parts, batch):
+        if piece.begins_micro:
+            seed_generators(word(word(parts.draws, batch.slots.step), piece.micro), parts.device)
+        with parts.precision.forward():
+            found.append(_losses(parts, piece)[0].detach().double())
+    parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
+    return torch.cat(found)
 
 
 def accumulate(parts: Parts, batch: Minibatch) -> tuple[Tensor, int]:

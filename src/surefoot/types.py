@@ -204,7 +204,7 @@ def map_leaves(function: Callable[[Any], Any], tree: Tree) -> Tree:
     return function(tree)
 
 
-def take_rows(tree: Tree, rows: slice, num_rows: int) -> Tree:
+def take_rows(tree: Tree, rows: slice | Ids, num_rows: int) -> Tree:
     """Rows of every array in a nest, and of every list of `num_rows` things that are no arrays, such as
     texts; what else there is stays as it is.
     """
@@ -215,7 +215,7 @@ def take_rows(tree: Tree, rows: slice, num_rows: int) -> Tree:
     if not isinstance(tree, tuple | list):
         return tree
     if len(tree) == num_rows and not any(hasattr(leaf, "shape") for leaf in leaves(tree)):
-        return tree[rows]
+        return tree[rows] if isinstance(rows, slice) else type(tree)(tree[i] for i in rows.tolist())
     branches = [take_rows(branch, rows, num_rows) for branch in tree]
     return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)
 

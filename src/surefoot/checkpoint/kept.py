@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surefoot.checkpoint.files import file_hash, read_json, to_json
+from surefoot.checkpoint.files import difference, read_json, to_json
 from surefoot.checkpoint.retention import Kept
 from surefoot.errors import FormatError, StateError
 
@@ -73,25 +73,35 @@ class Checkpoint:
             run: the id of the run it must belong to, if that is known.
 
         Raises:
-            StateError: naming the first file that is missing, torn or altered.
+            StateError: naming each file that is missing, torn, altered or foreign.
         """
-        manifest = self.manifest()
+        self.manifest()  # of a format that this version reads
+        found = self.damage(run)
+        if found:
+            raise StateError("; ".join(f"{self.path / file}: {what}" for file, what, _ in found) + ".")
+
+    def damage(self, run: str | None = None) -> list[tuple[str, str, int | None]]:
+        """Files that are not as they were written: name, what, and from which byte on, if it is known."""
+        try:
+            manifest = self.manifest()
+        except StateError as error:
+            return [("MANIFEST.json", error.what, 0)]
         if run is not None and manifest.get("run", run) != run:
-            raise StateError(f"{self.path} belongs to another run.")
+            return [("MANIFEST.json", "belongs to another run", 0)]
+        files = manifest["files"]
         present = {p.name for p in self.path.iterdir()} - {"MANIFEST.json"}
-        if present != set(manifest["files"]):
-            odd = sorted(present ^ set(manifest["files"]))
-            raise StateError(f"{self.path}: missing or foreign files: {', '.join(odd)}.")
-        for name, entry in manifest["files"].items():
+        found: list[tuple[str, str, int | None]] = [
+            (name, "the file is foreign", None) for name in sorted(present - set(files))
+        ]
+        for name, entry in files.items():
             try:
-                size, sha = file_hash(self.path / name)
+                what, offset = difference(self.path / name, entry)
             except OSError as error:
-                raise StateError(f"{self.path / name} cannot be read: {error}") from error
-            if size != entry["bytes"] or sha != entry["sha256"]:
-                raise StateError(
-                    f"{self.path / name}: {size} bytes with SHA-256 {sha[:12]}...; the manifest "
-                    f"says {entry['bytes']} bytes, {entry['sha256'][:12]}..."
-                )
+                found.append((name, f"cannot be read: {error.strerror}", None))
+                continue
+            if what:
+                found.append((name, what, offset))
+        return found
 
     def facts(self) -> dict[str, Any]:
         """The JSON part of the state, unverified: for showing."""

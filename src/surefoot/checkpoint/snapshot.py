@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,14 @@ class Snapshot:
         for part in ("model", "frozen", "optimizer"):
             for name, tensor in getattr(self, part).items():
                 yield f"{part}:{name}", tensor
+
+    def copy(self) -> Snapshot:
+        """With tensors of its own, where they are."""
+
+        def own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+        return replace(self, model=own(self.model), frozen=own(self.frozen), optimizer=own(self.optimizer))
 
     @property
     def num_bytes(self) -> int:

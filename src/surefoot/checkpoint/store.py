@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from surefoot.checkpoint.files import file_hash, rename_new, to_json, write_durably
+from surefoot.checkpoint.files import difference, rename_new, to_json, write_durably
 from surefoot.checkpoint.kept import SCHEMA, Checkpoint, list_checkpoints
 from surefoot.checkpoint.retention import LEAST_VERIFIED, Retention, expendable
 from surefoot.checkpoint.snapshot import Snapshot, is_finite
@@ -167,15 +167,12 @@ class DirectoryStore:
         if len(copies) > 1:
             checkpoint, entry = next(iter(copies.values()))
             try:
-                if self._reads_as(checkpoint, entry):  # each time: it may have been damaged since
+                if not difference(checkpoint.path / name, entry)[0]:  # each time: it may be damaged by now
                     os.link(checkpoint.path / name, temporary / name)
                     return dict(entry)
             except OSError:  # a file system without links
                 pass
         return write_durably(temporary / name, safetensors_chunks(tensors))
-
-    def _reads_as(self, checkpoint: Checkpoint, entry: Mapping[str, Any]) -> bool:
-        return file_hash(checkpoint.path / "frozen.safetensors") == (entry["bytes"], entry["sha256"])
 
     def _retain(self) -> None:
         by_seq = {c.seq: c for c in self.checkpoints()}

@@ -19,7 +19,8 @@ from surefoot.cli import tables
 from surefoot.cli.recipe_file import RecipeFile
 from surefoot.errors import RunDirectoryError
 from surefoot.export.progress import duration_text, progress
-from surefoot.operations import gather
+from surefoot.guard.hang import stacks_if_stuck
+from surefoot.operations import gather, seconds
 from surefoot.record.folder import RunFolder
 
 
@@ -42,9 +43,10 @@ def run_order(order: Order, out: Console, err: Console) -> int:
     """
     toml = order.file.parent / "surefoot.toml"
     operations = gather(toml, os.environ, order.flags)
-    recipe_file = RecipeFile(order.file)
-    options = recipe_file.parse(order.settings)
-    recipe = recipe_file.make(options)
+    with stacks_if_stuck(seconds(operations.hang_after, name="hang_after")):
+        recipe_file = RecipeFile(order.file)
+        options = recipe_file.parse(order.settings)
+        recipe = recipe_file.make(options)
     folder = RunFolder(order.out or Path("runs") / order.file.stem)
     if order.fresh and order.out is None:
         raise RunDirectoryError(
@@ -93,7 +95,7 @@ def _verdict(done: Result, seconds: float | None, out: Console, command: str) ->
     for name, value in done.metrics.items():
         out.print(f"  validation {name}: {value:.5g}")
     if done.interventions:
-        out.print(f"  refused updates: {done.interventions}", style="yellow")
+        out.print(f"  refused updates and rollbacks: {done.interventions}", style="yellow")
     out.print(f"  digest {done.digest[:16]}  ledger {done.ledger[:16]}")
     path = shlex.quote(str(done.run_dir))
     if done.status == "preempted":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -17,7 +18,7 @@ from surefoot.data.workers import LOOKS_S, as_it_is, end, enter, next_of, starte
 from surefoot.errors import DataError, WorkerError
 from surefoot.keys import key, words
 from surefoot.protocols import KeyedSource
-from surefoot.types import HOLE, Minibatch, Slots, Tree, leaves, map_leaves
+from surefoot.types import HOLE, Minibatch, Slots, Tree, leaves, map_leaves, take_rows
 
 _MOST_REPLACED = 3
 """Replacements without one batch between them."""
@@ -160,6 +161,20 @@ class Feed:
         if self.device.type == "cuda":  # pinned, so that the copy does not wait for the device
             leaf = leaf.pin_memory()
         return leaf.to(self.device, non_blocking=True)
+
+
+def leave_out(batch: Minibatch, out: NDArray[np.bool_]) -> Minibatch:
+    """The batch with these rows made holes. Their weight is zero, and their data become a copy of another
+    row's: zero times what is not a number would not be zero.
+    """
+    slots = batch.slots
+    ids = np.where(out, HOLE, slots.ids)
+    stay = np.flatnonzero(ids != HOLE)
+    rows = np.where(ids == HOLE, stay[0] if len(stay) else 0, np.arange(len(ids)))
+    device = next((leaf.device for leaf in leaves(batch.data) if isinstance(leaf, Tensor)), None)
+    weights = torch.from_numpy((ids != HOLE).astype(np.float32)).to(device)
+    slots = replace(slots, ids=ids, num_samples=len(stay))
+    return Minibatch(slots, take_rows(batch.data, rows, len(ids)), weights, len(ids))
 
 
 class _Fetches(TorchDataset[Tree]):

@@ -6,11 +6,27 @@ import faulthandler
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _LOOKS_S = 1.0
+
+
+@contextmanager
+def stacks_if_stuck(after_s: float) -> Iterator[None]:
+    """Prints the stacks of all threads to standard error if the body is not through after that time: for
+    what comes before a run has a directory.
+    """
+    try:
+        faulthandler.dump_traceback_later(after_s, exit=False)
+    except (OSError, ValueError, AttributeError, RuntimeError):  # standard error is no file
+        yield
+        return
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 class HangWatch:

@@ -17,29 +17,30 @@ class Readings(Generic[T]):
 
     On a CPU they arrive at once. On a GPU each set is copied to pinned memory behind the work that
     makes it, and is read `LAG` updates later: a fixed number, so that whatever is decided on it is
-    decided at the same step in every repetition of the run.
+    decided at the same step in every repetition of the run. lag: 0 on a CPU, else `LAG`.
     """
 
     LAG = 8
 
     def __init__(self, device: torch.device) -> None:
-        self._lag = 0 if device.type == "cpu" else self.LAG
+        self.lag = 0 if device.type == "cpu" else self.LAG
         self._cuda = device.type == "cuda"
         self._queue: deque[tuple[T, Tensor, torch.cuda.Event | None]] = deque()
 
-    def put(self, label: T, numbers: tuple[Tensor, ...]) -> Iterator[tuple[T, list[float]]]:
-        """Adds a set of 0-d tensors; gives back those sets whose turn has come."""
-        if self._lag == 0:
-            yield label, [number.item() for number in numbers]
+    def put(self, label: T, numbers: tuple[Tensor | float, ...]) -> Iterator[tuple[T, list[float]]]:
+        """Adds a set of 0-d tensors and numbers; gives back those sets whose turn has come."""
+        if self.lag == 0:
+            yield label, [float(number) for number in numbers]
             return
-        packed = torch.stack([number.double() for number in numbers])
+        device = next(number.device for number in numbers if isinstance(number, Tensor))
+        packed = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers])
         arrived = None
         if self._cuda:
             packed = packed.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
         self._queue.append((label, packed, arrived))
-        yield from self._read(leave=self._lag)
+        yield from self._read(leave=self.lag)
 
     def rest(self) -> Iterator[tuple[T, list[float]]]:
         """All that is still under way; waits for the device."""

@@ -18,6 +18,7 @@ from zlib import crc32
 
 Event = dict[str, Any]
 _CRC = ', "crc": "'
+_GUARD_DID = ("quarantined", "rolled_back", "borne")
 
 
 class Events:
@@ -119,13 +120,24 @@ def _event(line: bytes) -> Event | None:
 
 
 def event_lineage(events: list[Event]) -> list[Event]:
-    """Events without those of steps that were repeated after going back to a checkpoint."""
+    """Events without those of steps that were repeated after going back to an earlier state. What the guard
+    did stays, unless the run was continued from a state from before that.
+    """
     kept: list[Event] = []
     for event in events:
         if event["kind"] == "resumed":
-            kept = [e for e in kept if _happened_before(e, event["step"])]
+            kept = [e for e in kept if _stands(e, event["step"], event.get("interventions", 0))]
+        elif event["kind"] == "rolled_back":
+            kept = [e for e in kept if e["kind"] in _GUARD_DID or _happened_before(e, event["step"])]
         kept.append(event)
     return kept
+
+
+def _stands(event: Event, done: int, interventions: int) -> bool:
+    """Whether it belongs to a state after `done` updates and so many interventions."""
+    if event["kind"] in _GUARD_DID:
+        return bool(event["interventions"] <= interventions)
+    return _happened_before(event, done)
 
 
 def _happened_before(event: Event, done: int) -> bool:
@@ -133,4 +145,4 @@ def _happened_before(event: Event, done: int) -> bool:
     (from 0), everything else by the number of updates done.
     """
     step = int(event.get("step", 0))
-    return step < done if event["kind"] == "skipped" else step <= done
+    return step < done if event["kind"] in ("skipped", "would_skip") else step <= done

@@ -48,15 +48,18 @@ class StepLog:
 
     Args:
         folder: ``steps/`` of a run.
-        columns: their names and kinds; an existing log must have the same.
+        run: its id.
+        columns: the names and kinds of what `append` gets; of an existing log that has fewer of them, what
+            it has goes on being written.
     """
 
-    def __init__(self, folder: Path, columns: Sequence[Column] = COLUMNS) -> None:
+    def __init__(self, folder: Path, run: str = "", columns: Sequence[Column] = COLUMNS) -> None:
         folder.mkdir(exist_ok=True)
-        self._slot = 8 * len(columns) + 8
-        self._pack = struct.Struct("<" + "".join(c.kind for c in columns)).pack
         ring = read_ring(folder)
-        self._blocks, in_blocks = self._open_blocks(folder / "rows.bin", columns)
+        self._blocks, in_blocks, has = self._open_blocks(folder / "rows.bin", columns, run)
+        self._slot = 8 * len(has) + 8
+        self._pack = struct.Struct("<" + "".join(c.kind for c in has)).pack
+        self._picks = None if len(has) == len(columns) else [columns.index(c) for c in has]
         first, unsealed = in_blocks, 0
         if ring is not None and ring.slot == self._slot:
             first, rows = ring.after(in_blocks)
@@ -67,7 +70,7 @@ class StepLog:
 
     def append(self, values: Sequence[int | float]) -> None:
         """Adds a row: one value per column. Survives the death of the process from here on."""
-        row = self._pack(*values)
+        row = self._pack(*values) if self._picks is None else self._pack(*(values[i] for i in self._picks))
         index = self._count
         at = TAIL_HEADER + index % RING_ROWS * self._slot
         self._tail[at : at + self._slot] = row + _pack_check(crc32(row, index & CLOCK))
@@ -141,24 +144,32 @@ class StepLog:
             os.close(self._blocks)
             self._tail.close()
 
-    def _open_blocks(self, path: Path, columns: Sequence[Column]) -> tuple[int, int]:
-        """The file, ready to be added to, and the index of the next row by what it holds."""
-        head = header_of(columns)
+    def _open_blocks(
+        self, path: Path, columns: Sequence[Column], run: str
+    ) -> tuple[int, int, Sequence[Column]]:
+        """The file, ready to be added to; the index of the next row by what it holds; and its columns:
+        those that the version which began it had.
+        """
+        head = header_of(columns, run)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if os.fstat(fd).st_size < len(head):  # new, or killed while it was made
+        begun = os.pread(fd, len(head), 0)
+        if len(begun) < len(head) and head.startswith(begun):  # new, or killed while it was made
             os.ftruncate(fd, 0)
             os.pwrite(fd, head, 0)
-            return fd, 0
+            return fd, 0, columns
         scan = scan_blocks(path)
-        if scan.columns != [(c.name, c.kind) for c in columns]:
+        by_name = {c.name: c for c in columns}
+        found = [by_name.get(name) for name, _ in scan.columns]
+        if [(c.name, c.kind) for c in found if c] != scan.columns:
             os.close(fd)
             raise StateError(
-                f"{path} has other columns than this version writes.",
+                f"{path} has columns that this version does not write.",
                 fix="Continue the run with the version that began it.",
             )
-        os.pwrite(fd, head, 0)  # the same bytes, unless some of them were damaged
-        os.ftruncate(fd, max(scan.end, len(head)))  # a torn last block: its rows are still in the ring
-        return fd, scan.next_index
+        if scan.damage and scan.damage[0][0] == 0 and scan.start == len(head):
+            os.pwrite(fd, head, 0)
+        os.ftruncate(fd, max(scan.start, scan.end))  # a torn last block: its rows are still in the ring
+        return fd, scan.next_index, [c for c in found if c]
 
     def _open_tail(self, path: Path) -> mmap.mmap:
         size = TAIL_HEADER + RING_ROWS * self._slot

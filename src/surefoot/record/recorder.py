@@ -20,7 +20,7 @@ class Recorder:
     def __init__(self, folder: RunFolder, lock: Lock, *, attempt: int) -> None:
         self.folder, self.attempt, self.lock = folder, attempt, lock
         self.closed = False
-        self._log = StepLog(folder.steps)
+        self._log = StepLog(folder.steps, str(folder.identity()["id"]))
         self._events = Events(folder.events_file, attempt=attempt)
         self._log.note_events(self._events.num_events)
         for path in (folder.steps, folder.path):

@@ -5,9 +5,9 @@ r"""The step log as it lies in a directory: its format, and reading it, also whi
     steps/rows.bin    header, then blocks of up to 256 rows, column by column, each with a CRC
     steps/tail.bin    memory-mapped ring of the last 4,096 rows, each with a CRC
 
-``rows.bin``: ``SFROWS1\n``, uint32 length of the header, the header (JSON: columns and their types),
-uint32 CRC of it. A block: ``SFBK``, uint32 rows, uint64 index of the first row, uint32 CRC of rows, index
-and payload, payload: the columns one after another, eight bytes a value.
+``rows.bin``: ``SFROWS1\n``, uint32 length of the header, the header (JSON: columns and their types, id
+of the run), uint32 CRC of it. A block: ``SFBK``, uint32 rows, uint64 index of the first row, uint32 CRC of
+rows, index and payload, payload: the columns one after another, eight bytes a value.
 
 ``tail.bin``: ``SFTAIL1\n``, uint64 bytes of a slot, uint64 number of rows that are in blocks, uint64 number
 of events written, zeros up to byte 64, then the slots: row i, and a CRC over it and i, in slot i mod 4,096.
@@ -40,9 +40,9 @@ SEAL_ROWS, RING_ROWS = 256, 4096
 CLOCK = 0xFFFFFFFF
 
 
-def header_of(columns: Sequence[Column]) -> bytes:
+def header_of(columns: Sequence[Column], run: str) -> bytes:
     """The first bytes of ``rows.bin``."""
-    text = json.dumps({"columns": [[c.name, c.kind] for c in columns]}).encode()
+    text = json.dumps({"columns": [[c.name, c.kind] for c in columns], "run": run}).encode()
     head = MAGIC + struct.pack("<I", len(text)) + text
     return head + struct.pack("<I", crc32(head))
 
@@ -57,12 +57,17 @@ def block_check(num_rows: int, index: int, payload: bytes) -> int:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a blocks file holds: (index of the first row, columns x rows) of each sound block."""
+    """What a blocks file holds: (index of the first row, columns x rows) of each sound block.
+
+    run: whose it is; empty if that is not known. start, end: bytes at which blocks begin and end.
+    """
 
     columns: list[tuple[str, str]]
     blocks: list[tuple[int, Words]]
+    start: int
     end: int
     damage: list[tuple[int, str]]
+    run: str = ""
 
     @property
     def next_index(self) -> int:
@@ -102,15 +107,16 @@ def scan_blocks(path: Path) -> Scan:
                 f"{path} has a format that this version does not read.",
                 fix="Use the version of surefoot that wrote it.",
             )
-        columns = [(name, kind) for name, kind in json.loads(data[len(MAGIC) + 4 : at])["columns"]]
+        header = json.loads(data[len(MAGIC) + 4 : at])
+        columns, run = [(name, kind) for name, kind in header["columns"]], str(header.get("run", ""))
         position = at + 4
     except (ValueError, struct.error):
         damage.append((0, "damaged header"))
-        columns, position = known, data.find(BLOCK_MAGIC)
+        columns, run, position = known, "", data.find(BLOCK_MAGIC)
         if position < 0 and data[: len(MAGIC)] != MAGIC:
             raise StateError(f"{path} is not a readable step log.") from None
         position = len(data) if position < 0 else position
-    width, end = 8 * len(columns), position
+    width, start, end = 8 * len(columns), position, position
     blocks: list[tuple[int, Words]] = []
     while position < len(data):
         block = _block_at(data, position, width)
@@ -124,7 +130,7 @@ def scan_blocks(path: Path) -> Scan:
         position += BLOCK.size + block[1].nbytes
         end = position
         blocks.append(block)
-    return Scan(columns, blocks, end, _merge(damage))
+    return Scan(columns, blocks, start, end, _merge(damage), run)
 
 
 def _block_at(data: bytes, at: int, width: int) -> tuple[int, Words] | None:
@@ -230,7 +236,7 @@ def read_log(folder: Path) -> LogFile:
     if (folder / "rows.bin").exists():
         scan = scan_blocks(folder / "rows.bin")
     else:
-        scan = Scan(known, [], 0, [])
+        scan = Scan(known, [], 0, 0, [])
         if ring is not None and ring.sealed:
             damage.append(("rows.bin", 0, "the file is missing"))
     parts: dict[int, Words] = dict(scan.blocks)
@@ -260,11 +266,12 @@ def read_newest(folder: Path, most: int) -> Columns:
     return _columns(names, [rows[-most:].T] if len(rows) else [])
 
 
-def check_log(folder: Path, *, live: bool, ended: bool, num_events: int) -> list[Damage]:
-    """What of a log is not as it was written: every block, every slot of the ring, and that nothing is
-    missing at the end.
+def check_log(folder: Path, *, run: str, live: bool, ended: bool, num_events: int) -> list[Damage]:
+    """What of a log is not as it was written: every block, every slot of the ring, that both are of this
+    run, and that nothing is missing at the end.
 
     Args:
+        run: its id.
         live: it is being written; what may change meanwhile is left out.
         ended: its writer closed it; else a kill may have torn the row after the newest.
         num_events: events that the run has.
@@ -274,6 +281,8 @@ def check_log(folder: Path, *, live: bool, ended: bool, num_events: int) -> list
         scan = scan_blocks(folder / "rows.bin") if (folder / "rows.bin").exists() else None
     except StateError as error:
         return [("rows.bin", 0, error.what)]
+    if scan is not None and scan.run not in ("", run):
+        found.append(("rows.bin", len(MAGIC) + 4, f"belongs to another run, {scan.run}"))
     path = folder / "tail.bin"
     if scan is None and not path.exists():
         return found
@@ -293,7 +302,8 @@ def check_log(folder: Path, *, live: bool, ended: bool, num_events: int) -> list
         found.append(("tail.bin", SEALED_AT, "damaged header"))
     if ring.num_events > num_events:
         found.append(("../events.jsonl", 0, f"{ring.num_events - num_events} events are missing"))
-    return found + _check_slots(ring, max(ring.sealed, scan.next_index), ended=ended)
+    found += _check_slots(ring, max(ring.sealed, scan.next_index), ended=ended)
+    return found + _check_same(ring, scan)
 
 
 def _check_slots(ring: Ring, sealed: int, *, ended: bool) -> list[Damage]:
@@ -312,6 +322,16 @@ def _check_slots(ring: Ring, sealed: int, *, ended: bool) -> list[Damage]:
                 ("tail.bin", begin, "damaged row" if newest >= 0 else "bytes where none were written")
             )
     return found
+
+
+def _check_same(ring: Ring, scan: Scan) -> list[Damage]:
+    """Rows of the newest block that the ring has otherwise: it is of another run."""
+    for index, block in scan.blocks[-1:]:
+        for i, row in enumerate(block.T):
+            slot = (index + i) % RING_ROWS
+            if ring.at(index + i) not in (None, row.tobytes()):
+                return [("tail.bin", TAIL_HEADER + slot * ring.slot, "rows that rows.bin has otherwise")]
+    return []
 
 
 def _columns(names: list[tuple[str, str]], parts: list[Words]) -> Columns:

@@ -1,0 +1,89 @@
+"""Blame: which samples broke a step that was refused."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surefoot.data.feed import leave_out
+from surefoot.train_step import Parts, losses_of, probe
+from surefoot.types import HOLE, Minibatch
+
+_MOST = 8
+"""To blame in one step; with more it is the step itself that is wrong."""
+_OUTLIER = 10.0
+
+
+def to_blame(parts: Parts, batch: Minibatch) -> tuple[int, ...]:
+    """Samples without which the step that was refused would have been permitted; empty if it is not for
+    a few samples.
+    """
+    losses = losses_of(parts, batch)
+    broken = _ids(batch, ~torch.isfinite(losses))
+    if broken or not math.isfinite(probe(parts, batch)[1]):
+        return _breaking(parts, batch, broken or _ids(batch, torch.isfinite(losses)))
+    return _outweighing(parts, batch, losses)
+
+
+def _breaking(parts: Parts, batch: Minibatch, suspects: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of the suspects that break a step even alone, by bisection. (A sample's own loss does not
+    tell: batch norm carries what is not finite to its neighbours.)
+    """
+    groups = [suspects]
+    while any(len(group) > 1 for group in groups):
+        halves = [half for g in groups for half in (g[: len(g) // 2], g[len(g) // 2 :]) if half]
+        groups = [h for h in halves if not _is_finite(parts, batch, set(suspects) - set(h))]
+        if len(groups) > _MOST:  # not a few samples: the step itself
+            return ()
+    found = tuple(sorted(i for group in groups for i in group))
+    return found if found and _without(parts, batch, found) else ()
+
+
+def _outweighing(parts: Parts, batch: Minibatch, losses: Tensor) -> tuple[int, ...]:
+    """As few as possible of the samples whose losses stand out, those that do most first."""
+    wild = set(outliers(batch, losses))
+    order = torch.argsort(losses, descending=True).tolist()
+    ranked = [i for i in (int(batch.slots.ids[row]) for row in order) if i in wild]
+    ranked = ranked[: len(order) // 4]
+    if not ranked or not _without(parts, batch, tuple(ranked)):
+        return ()
+    low, high = 0, len(ranked)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _without(parts, batch, tuple(ranked[:middle])):
+            high = middle
+        else:
+            low = middle
+    return tuple(sorted(ranked[:high]))
+
+
+def _is_finite(parts: Parts, batch: Minibatch, out: set[int]) -> bool:
+    """Whether loss and gradient are, without these samples."""
+    left = leave_out(batch, np.isin(batch.slots.ids, list(out)))
+    return all(math.isfinite(number) for number in probe(parts, left))
+
+
+def _without(parts: Parts, batch: Minibatch, ids: tuple[int, ...]) -> bool:
+    """Whether a step without these samples would be permitted."""
+    left = leave_out(batch, np.isin(batch.slots.ids, ids))
+    return left.slots.num_samples > 0 and parts.guard.would_permit(*probe(parts, left))
+
+
+def outliers(batch: Minibatch, losses: Tensor) -> tuple[int, ...]:
+    """Samples whose loss is far above the others' of their batch, or not finite."""
+    real = torch.from_numpy(batch.slots.ids != HOLE).to(losses.device)
+    finite = torch.isfinite(losses) & real
+    if not bool(finite.any()):
+        return _ids(batch, real)
+    median = losses[finite].median()
+    spread = 1.4826 * (losses[finite] - median).abs().median()
+    wild = (losses - median > _OUTLIER * spread) & (losses > 4.0 * median.abs())
+    return _ids(batch, (wild | ~torch.isfinite(losses)) & real)
+
+
+def _ids(batch: Minibatch, which: Tensor) -> tuple[int, ...]:
+    chosen = batch.slots.ids[which.cpu().numpy()]
+    return tuple(int(i) for i in chosen if i != HOLE)

@@ -1,0 +1,137 @@
+"""The review: looks at rows on the host; raises an alarm where a run goes wrong for longer than a step."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from surefoot.guard.detect import FINE, NOT_FINITE, SAT_OUT
+
+BURN_IN = 64
+_LEVEL_KEEPS = 0.9
+_SPREAD_KEEPS = 0.98
+_LEVEL_STEPS = 20
+_MANY_SKIPS, _OF_STEPS = 8, 20
+_HARD_STREAK = 4
+_COLLAPSE_STEPS, _COLLAPSE_EVERY, _COME_DOWN = 200, 50, 0.1
+
+Detector = str
+"""``D3`` level divergence, ``D4`` skip rate, ``D5`` hard streak, ``D6`` collapse."""
+
+
+class Alarm(NamedTuple):
+    """Something that calls for going back. onset: the step in which it began, as far as can be told."""
+
+    detector: Detector
+    step: int
+    onset: int
+    reason: str
+
+
+@dataclass
+class Review:
+    """Detectors over rows; call `look` with each, in order.
+
+    age: rows seen. first: the first finite loss: before the first update, unless that was not finite.
+    told_slow: that the loss does not come down has been looked into.
+    """
+
+    age: int = 0
+    first: float = math.nan
+    level: float = math.nan
+    spread: float = 0.0
+    best: float = math.inf
+    best_spread: float = 0.0
+    num_above: int = 0
+    num_not_finite: int = 0
+    skips: deque[int] = field(default_factory=lambda: deque(maxlen=_OF_STEPS))
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=_COLLAPSE_STEPS))
+    told_slow: bool = False
+
+    def look(self, *, step: int, loss: float, verdict: int, expected: bool, bears: bool) -> Alarm | None:
+        """The alarm that this row raises, if any.
+
+        Args:
+            verdict: `FINE`, or why the update was refused.
+            expected: it was refused because fp16 is looking for its loss scale.
+            bears: neither a high level nor refused updates are an alarm now.
+        """
+        self.age += 1
+        if expected or verdict == SAT_OUT:
+            return None
+        self.skips.append(int(verdict != FINE))
+        self.num_not_finite = self.num_not_finite + 1 if verdict == NOT_FINITE else 0
+        if self.num_not_finite >= _HARD_STREAK and not bears:
+            onset = step - self.num_not_finite + 1
+            return Alarm("D5", step, onset, f"{self.num_not_finite} steps in a row were not finite")
+        if sum(self.skips) >= _MANY_SKIPS and not bears:
+            onset = step - len(self.skips) + 1 + self.skips.index(1)
+            return Alarm(
+                "D4", step, onset, f"{sum(self.skips)} of {len(self.skips)} updates had to be refused"
+            )
+        if verdict != FINE:
+            return None
+        level = self._level(step, loss, bears)
+        return level or (None if bears else self._collapse(step, loss))
+
+    def _level(self, step: int, loss: float, bears: bool) -> Alarm | None:
+        """D3: the loss has left its best level for good. Of updates that were applied only."""
+        if math.isnan(self.level):
+            self.first = self.level = loss
+        residual = loss - self.level
+        self.level += (1 - _LEVEL_KEEPS) * residual
+        self.spread = _SPREAD_KEEPS * self.spread + (1 - _SPREAD_KEEPS) * residual * residual
+        if self.age <= BURN_IN:
+            return None
+        if self.level < self.best:
+            self.best, self.best_spread = self.level, math.sqrt(self.spread)
+        most = self.best + max(4 * self.best_spread, 0.5 * abs(self.best), 0.1 * abs(self.first))
+        self.num_above = self.num_above + 1 if self.level > most and not bears else 0
+        if self.num_above < _LEVEL_STEPS:
+            return None
+        return Alarm(
+            "D3",
+            step,
+            step - _LEVEL_STEPS,
+            f"the loss, {self.level:.4g} over the last steps, was {self.best:.4g} at its best",
+        )
+
+    def _collapse(self, step: int, loss: float) -> Alarm | None:
+        """D6: after many updates the loss is about what it was before the first. Such runs are calm: no
+        spike tells. They may just be slow, so this is a suspicion, raised once.
+        """
+        self.losses.append(loss)
+        if (
+            self.told_slow
+            or len(self.losses) < _COLLAPSE_STEPS
+            or self.age % _COLLAPSE_EVERY
+            or self.learns()
+        ):
+            return None
+        onset = max(0, step - self.age + 1) if self.age <= 2 * _COLLAPSE_STEPS else step - _COLLAPSE_STEPS
+        return Alarm(
+            "D6",
+            step,
+            onset,
+            f"the loss is {statistics.median(self.losses):.4g} in the middle of {_COLLAPSE_STEPS} steps, "
+            f"and was {self.first:.4g} before the first update",
+        )
+
+    def learns(self) -> bool:
+        """Whether the loss has come down from where it began."""
+        return statistics.median(self.losses) <= self.first - _COME_DOWN * abs(self.first)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON."""
+        return {
+            name: list(value) if isinstance(value, deque) else value for name, value in vars(self).items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what `state_dict` gave."""
+        for name, value in state.items():
+            mine = getattr(self, name)
+            setattr(self, name, deque(value, mine.maxlen) if isinstance(mine, deque) else value)

@@ -1,0 +1,370 @@
+"""Healing: what is done when a run goes wrong for longer than a step, or a sample breaks one.
+
+After an alarm the run goes back to a healthy state, one that a hundred steps without an alarm followed, and
+the steps from there are replayed, leaving no trace. If the replay gives other numbers than the log has, the
+machine made a mistake, and the run goes on as it was. If it gives the same, remedies are tried, the mildest
+first, each in a replay that must pass the place of the alarm; the first that does is kept.
+
+All of it is a function of the recipe and the step, so an interrupted run heals alike.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from surefoot.blame import outliers, to_blame
+from surefoot.checkpoint.snapshot import Snapshot
+from surefoot.checkpoint.store import DirectoryStore
+from surefoot.data.feed import Feed, leave_out
+from surefoot.errors import StateError
+from surefoot.guard.guard import Stop
+from surefoot.guard.history import History, Intervention
+from surefoot.guard.review import Alarm
+from surefoot.optim.schedules import Resolved
+from surefoot.state import RunState
+from surefoot.train_step import Parts, losses_of, probe
+from surefoot.types import Minibatch, Slots
+
+EVERY = 100
+"""Steps between states that a run can go back to."""
+_HEALTHY = 100
+_PASS_BY = 60
+"""Steps beyond the alarm that a replay with a remedy must take."""
+_AGAIN = 300
+_BEAR = 100
+_CANARY = 10
+_SIT_OUT = (100, 400)
+_CUTS = 6
+_LAST = 50
+_WINDOW = 10_000
+REMEMBERED = 2048
+_IN_MEMORY = 3
+_MEMORY_SHARE = 0.1
+_FEW = 8
+_RATE_JUMP = 2.0
+
+
+class Row(NamedTuple):
+    """What is remembered of a step."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    permitted: bool
+
+
+class StopAskedError(Exception):
+    """A stop was asked for while healing."""
+
+
+class Replay(Protocol):
+    """Takes updates again, leaving no trace."""
+
+    def __call__(self, until: int, rows: list[Row] | None = None) -> Alarm | Stop | None:
+        """Up to a step, its rows added to `rows`; the first alarm, at which it stops, or None.
+
+        Raises:
+            StopAskedError: a stop was asked for.
+        """
+        ...
+
+
+@dataclass
+class Healer:
+    """Goes back, and looks for what helps.
+
+    replay: takes updates up to a step without leaving a trace; returns the first alarm, or None. initial:
+    makes the state before the first update anew. doubts: what looked wrong before the first step. memory:
+    states by step.
+    """
+
+    parts: Parts
+    state: RunState
+    feed: Feed
+    schedule: Resolved
+    store: DirectoryStore
+    total: int
+    num_samples: int
+    initial: Callable[[], Snapshot]
+    doubts: Sequence[str] = ()
+    rows: deque[Row] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    memory: dict[int, Snapshot] = field(default_factory=dict)
+    _fits: bool | None = None
+
+    # ------------------------------------------------------------------ states to go back to
+
+    def remember(self) -> Alarm | None:
+        """Keeps the state in memory, if it fits; every `EVERY` steps. An alarm if it is not sound."""
+        step = self.state.step
+        if not self.parts.updater.finite():
+            return self.unsound()
+        if self._fits is None and step:  # the optimizer has its state by now
+            most = _MEMORY_SHARE * _free_bytes(self.parts.device)
+            self._fits = self.state.num_bytes() * (_IN_MEMORY + 1) < most
+        if self._fits:
+            self.memory[step] = self.state.snapshot().copy()
+            while len(self.memory) > _IN_MEMORY:
+                del self.memory[min(self.memory)]
+        return None
+
+    def unsound(self) -> Alarm:
+        """The alarm for a state that holds numbers that are not finite, whenever that is noticed."""
+        last = self.state.step - 1
+        reason = "weights, or what the optimizer keeps for them, are not finite"
+        return Alarm("D0", last, last // EVERY * EVERY, reason)
+
+    def _go_back(self, step: int, history: History, replay: Replay) -> None:
+        """Puts the run into the state after `step` updates; `history` holds from there on."""
+        elapsed_s, now = self.state.elapsed_s, self.parts.guard.history
+        self.state.restore(self._nearest(step, now))
+        self.parts.guard.history = now
+        replay(step)
+        if self.state.step != step:
+            raise StateError(f"step {step} could not be reached again: {self.state.step} was.")
+        self.state.elapsed_s, self.parts.guard.history = elapsed_s, history
+
+    def _nearest(self, step: int, history: History) -> Snapshot:
+        """The newest state at or before `step` on the way that the run has come."""
+        at = max((s for s in self.memory if s <= step), default=-1)
+        if at == step:
+            return self.memory[at].copy()
+        for checkpoint in sorted(self.store.checkpoints(), key=lambda c: -c.step):
+            if at < checkpoint.step <= step:
+                try:
+                    found = self.store.load(checkpoint)
+                except StateError:
+                    continue
+                then = History.from_json(found.facts["stateful"]["guard"].get("history", []))
+                if _on_the_way(then, history, checkpoint.step):
+                    return found
+        return self.memory[at].copy() if at >= 0 else self.initial()
+
+    # ------------------------------------------------------------------ after an alarm
+
+    def heal(self, alarm: Alarm, replay: Replay) -> dict[str, Any] | Stop | None:
+        """Goes back and finds what helps; the facts of it, or that nothing does: the run is then in a
+        healthy state either way. None: nothing is to be done, and the run is to go on from where it was.
+        """
+        begun = time.perf_counter()
+        before, rules = self.parts.guard.history, self.parts.guard.rules
+        slow = alarm.detector == "D6"
+        if slow and self._warms_up(alarm.step):
+            return None
+        if not slow and self._weights_are_sound(alarm):
+            bears = before.count("bear")
+            until = alarm.step + 1 + _BEAR * 2 ** min(bears, 8)
+            guard = self.parts.guard
+            guard.history = before.with_(Intervention("bear", alarm.step + 1, alarm.step, float(until)))
+            reason = (
+                f"{alarm.reason}. On batches from before the weights do as well as ever: it is the batches "
+                f"from step {alarm.onset} on that differ. Nothing is undone; watched until step {until}"
+            )
+            return {"step": alarm.step + 1, "detector": alarm.detector, "reason": reason}
+        rollbacks = [i for i in before.interventions if i.kind == "rollback"]
+        if sum(i.at > alarm.step - _WINDOW for i in rollbacks) >= rules.max_rollbacks:
+            return Stop(
+                f"{alarm.reason} (step {alarm.step}), after {len(rollbacks)} rollbacks",
+                "Lower the learning rate, or see the events: each rollback says what was tried.",
+            )
+        target = max(0, alarm.onset - _HEALTHY) // EVERY * EVERY
+        again = [i for i in rollbacks if alarm.step - i.at < _AGAIN]
+        if again:  # it did not last: one state further back
+            target = max(0, min(target, again[-1].begins - EVERY))
+        self.memory = {step: s for step, s in self.memory.items() if step <= target}
+        compare = slow or target == 0  # there is no better state than where it comes to
+        facts = {"step": target, "at": alarm.step, "detector": alarm.detector, "reason": alarm.reason}
+        tried: list[str] = []
+
+        def found(cause: str, remedy: str, *remedies: Intervention) -> dict[str, Any]:
+            self._go_back(target, went_back.with_(*remedies), replay)
+            seconds = round(time.perf_counter() - begun, 3)
+            return facts | {"cause": cause, "remedy": remedy, "tried": tried, "seconds": seconds}
+
+        self._go_back(target, before, replay)
+        odd = self._first_difference(alarm, replay)
+        forget = alarm.onset if odd is None else min(odd, alarm.onset)
+        went_back = before.back_to(target, alarm.step, forget=forget)
+        if odd is not None:
+            return found(f"step {odd} does not reproduce: the machine made a mistake there", "none needed")
+        best: tuple[float, str, list[Intervention]] | None = None
+        for name, remedies in self._remedies(alarm, target, before, went_back, replay):
+            if best is not None and remedies[0].kind == "sit_out":
+                break
+            self._go_back(target, went_back.with_(*remedies), replay)
+            rows: list[Row] = []
+            ends = [i.value for i in remedies if i.kind == "sit_out"]
+            end = max([alarm.step, *ends]) + (1 if slow else _PASS_BY)
+            again_bad = replay(min(self.total, int(end)), rows)
+            if again_bad is None and not self.parts.updater.finite():
+                again_bad = self.unsound()
+            if again_bad is None and not compare:
+                return found(_CAUSES[remedies[0].kind], name, *remedies)
+            if again_bad is None and (not slow or self.parts.guard.reviewed.learns()):
+                loss = statistics.median(row.loss for row in rows[-_LAST:])
+                best = min(best or (math.inf, "", []), (loss, name, remedies), key=lambda b: b[0])
+            tried.append(name if again_bad is None else f"{name} ({again_bad.reason})")
+        if best is not None:
+            return found(_CAUSES[best[2][0].kind], best[1], *best[2])
+        if slow and not self.doubts:
+            return None
+        self._go_back(target, went_back, replay)
+        return Stop(
+            f"{alarm.reason} (step {alarm.step}); going back to step {target} and on from there with "
+            + ", or ".join(tried or ["what the guard may do"])
+            + " did not help"
+            + "".join(f". {doubt}" for doubt in self.doubts),
+            "Lower the learning rate, normalise the data, or look at how the model is initialised.",
+        )
+
+    def _weights_are_sound(self, alarm: Alarm) -> bool:
+        """Whether the losses on the batches before it began are what they were then: so it is not the
+        weights that went wrong, but the data that came.
+        """
+        then = {row.step: row.loss for row in self.rows if alarm.onset - _CANARY <= row.step < alarm.onset}
+        if len(then) < _CANARY:
+            return False
+        first = abs(self.parts.guard.reviewed.first)
+        for step, loss in then.items():
+            now, norm = probe(self.parts, self.batch(step))
+            if not (math.isfinite(norm) and now <= loss + max(0.5 * abs(loss), 0.1 * first)):
+                return False
+        return True
+
+    def _warms_up(self, step: int) -> bool:
+        """Whether the rate is still far below what it will be."""
+        at = [self.schedule(s) for s in range(0, self.total, max(1, self.total // 200))]
+        return self.schedule(step) < 0.5 * max(at)
+
+    def _first_difference(self, alarm: Alarm, replay: Replay) -> int | None:
+        """The first step whose replay gives other bits than it gave before."""
+        before = {row.step: row for row in self.rows}
+        now: list[Row] = []
+        replay(min(self.total, alarm.step + 1), now)
+        for row in now:
+            if row.step in before and not _same(before[row.step], row):
+                return row.step
+        return alarm.step if alarm.detector == "D0" and self.parts.updater.finite() else None
+
+    def _remedies(
+        self, alarm: Alarm, target: int, before: History, history: History, replay: Replay
+    ) -> Iterator[tuple[str, list[Intervention]]]:
+        """What may help, the mildest first."""
+        at, rules = alarm.step, self.parts.guard.rules
+        broke = before.found_since(alarm.onset)
+        if broke:
+            yield (
+                f"{len(broke)} samples left out that broke steps",
+                [Intervention("quarantine", target, at, 0.0, broke)],
+            )
+
+        def rate(step: int) -> float:
+            return history.multiplier(step, self.schedule(step, cuts=self.state.lr_cuts))
+
+        calm = max(rate(step) for step in range(max(0, target - EVERY), target + 1))
+        if target and max(rate(step) for step in range(target, at + 1)) > _RATE_JUMP * calm > 0:
+            yield (
+                f"the rate held at {calm:g} of the base rate",
+                [Intervention("hold_rate", target, at, calm)],
+            )
+        slow = alarm.detector == "D6"
+        ids = () if slow else self._suspects(alarm, target, history, replay)
+        if ids and self._may_quarantine(len(ids)):
+            yield f"{len(ids)} samples left out", [Intervention("quarantine", target, at, 0.0, ids)]
+        self._go_back(target, history, replay)
+        usual = self.parts.guard.usual_norm() or 1.0
+        limit = min(usual, history.most_norm(target) or math.inf)
+        clip = Intervention("clip", target, at, limit)
+        if not slow or history.count("clip") == 0:
+            yield f"the gradient's norm at most {limit:.3g}", [clip]
+        if history.count("cut_rate") < rules.max_rate_cuts:
+            for n in range(1, (_CUTS if slow else _CUTS // 2) + 1):
+                cut = Intervention("cut_rate", target, at, rules.rate_cut**n)
+                yield f"{cut.value:g} of the rate", [cut]
+            yield f"{cut.value:g} of the rate and the gradient's norm at most {limit:.3g}", [cut, clip]
+        if not slow:
+            for length in _SIT_OUT:
+                begins = max(target, alarm.onset - 1)
+                sit_out = Intervention("sit_out", begins, at, float(begins + length))
+                yield f"the {length} updates from step {begins} on sat out", [sit_out]
+
+    def _suspects(self, alarm: Alarm, target: int, history: History, replay: Replay) -> tuple[int, ...]:
+        """Samples whose losses stand out in the steps in which it began."""
+        self._go_back(target, history, replay)
+        found: set[int] = set()
+        last = min(alarm.onset + 20, alarm.step, self.total - 1)
+        for step in range(max(target, alarm.onset - 1), last + 1):
+            replay(step)
+            if self.state.step != step:
+                break
+            batch = self.batch(step)
+            found |= set(outliers(batch, losses_of(self.parts, batch)))
+        looked_at = (last + 1 - max(target, alarm.onset - 1)) * self.feed.plan.batch_size
+        return tuple(sorted(found)) if len(found) <= max(_FEW, looked_at // 100) else ()
+
+    # ------------------------------------------------------------------ after a refused step
+
+    def blame(self, step: int) -> tuple[int, ...]:
+        """Samples without which the step that was refused would have been permitted."""
+        return to_blame(self.parts, self.batch(step))
+
+    def batch(self, step: int) -> Minibatch:
+        """The batch of a step, without what is in quarantine."""
+        batch = self.feed.at(step)
+        out = self.parts.guard.history.holes(step, batch.slots.ids)
+        return batch if out is None else leave_out(batch, out)
+
+    def quarantine(self, slots: Slots, ids: tuple[int, ...], *, lag: int) -> Stop | None:
+        """Leaves samples out from the next step on that does not have its batch yet."""
+        guard = self.parts.guard
+        if not self._may_quarantine(len(ids)):
+            return Stop(
+                f"more than {self._most_quarantined():,} of {self.num_samples:,} samples break a step, the "
+                f"last in step {slots.step}.",
+                "Look at the data: surefoot show lists the samples; or raise max_quarantined of the guard.",
+            )
+        one = Intervention("quarantine", slots.step + 1 + lag, slots.step, 0.0, ids)
+        guard.history = guard.history.with_(one)
+        return None
+
+    def _may_quarantine(self, more: int) -> bool:
+        now = len(self.parts.guard.history.quarantined(1 << 62))
+        return now + more <= self._most_quarantined()
+
+    def _most_quarantined(self) -> int:
+        return max(_FEW, int(self.parts.guard.rules.max_quarantined * self.num_samples))
+
+
+_CAUSES = {
+    "hold_rate": "the learning rate jumped",
+    "quarantine": "samples whose losses stand out",
+    "sit_out": "batches far from what is usual, for a while",
+    "clip": "gradients too long",
+    "cut_rate": "the learning rate is too high",
+}
+
+
+def _on_the_way(then: History, now: History, step: int) -> bool:
+    """Whether a state after `step` updates with the history `then` lies on the way to `now`."""
+    kept, later = then.interventions, now.interventions[len(then.interventions) :]
+    kinds = [(i.kind, i.at) for i in kept]
+    same = kinds == [(i.kind, i.at) for i in now.interventions[: len(kept)]]
+    return same and all(i.begins >= step for i in later if i.kind == "rollback")
+
+
+def _same(a: Row, b: Row) -> bool:
+    return all(x == y or (x != x and y != y) for x, y in zip(a, b, strict=True))
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

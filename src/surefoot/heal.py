@@ -41,6 +41,7 @@ _PASS_BY = 60
 """Steps beyond the alarm that a replay with a remedy must take."""
 _AGAIN = 300
 _BEAR = 100
+_COMPARED = 200
 _CANARY = 10
 _SIT_OUT = (100, 400)
 _CUTS = 6
@@ -196,13 +197,14 @@ class Healer:
         if odd is not None:
             return found(f"step {odd} does not reproduce: the machine made a mistake there", "none needed")
         best: tuple[float, str, list[Intervention]] | None = None
-        for name, remedies in self._remedies(alarm, target, before, went_back, replay):
+        for name, remedies in self._remedies(alarm, target, compare, before, went_back, replay):
             if best is not None and remedies[0].kind == "sit_out":
                 break
             self._go_back(target, went_back.with_(*remedies), replay)
             rows: list[Row] = []
             ends = [i.value for i in remedies if i.kind == "sit_out"]
             end = max([alarm.step, *ends]) + (1 if slow else _PASS_BY)
+            end = max(end, _COMPARED) if compare else end
             again_bad = replay(min(self.total, int(end)), rows)
             if again_bad is None and not self.parts.updater.finite():
                 again_bad = self.unsound()
@@ -255,7 +257,13 @@ class Healer:
         return alarm.step if alarm.detector == "D0" and self.parts.updater.finite() else None
 
     def _remedies(
-        self, alarm: Alarm, target: int, before: History, history: History, replay: Replay
+        self,
+        alarm: Alarm,
+        target: int,
+        compare: bool,
+        before: History,
+        history: History,
+        replay: Replay,
     ) -> Iterator[tuple[str, list[Intervention]]]:
         """What may help, the mildest first."""
         at, rules = alarm.step, self.parts.guard.rules
@@ -286,7 +294,7 @@ class Healer:
         if not slow or history.count("clip") == 0:
             yield f"the gradient's norm at most {limit:.3g}", [clip]
         if history.count("cut_rate") < rules.max_rate_cuts:
-            for n in range(1, (_CUTS if slow else _CUTS // 2) + 1):
+            for n in range(1, (_CUTS if compare else _CUTS // 2) + 1):
                 cut = Intervention("cut_rate", target, at, rules.rate_cut**n)
                 yield f"{cut.value:g} of the rate", [cut]
             yield f"{cut.value:g} of the rate and the gradient's norm at most {limit:.3g}", [cut, clip]

@@ -23,8 +23,12 @@ BURN_IN = 64
 _KEEP = 0.98  # of the running statistics, per step
 _INFLATION = 1.03  # makes up for the variance that winsorising takes away
 _WINSOR, _WILD, _LONG = 3.0, 6.0, 3.0  # standard deviations
+_RISE = 3.0
 _LEAST_DEVIATION = 0.05  # of the log norm
-_WILD_RATIO, _LONG_RATIO = math.log(4.0), math.log(2.0)
+_WILD_RATIO, _LONG_RATIO = math.log(10.0), math.log(2.0)
+EARLIEST = 1
+"""Steps after which a crude judgement is possible; until the end of the burn-in, with these:"""
+_EARLY_WILD, _EARLY_RATIO, _EARLY_RISE = 12.0, math.log(30.0), 10.0
 _TINY = 1e-30
 
 FINE, NOT_FINITE, GRADIENT_SPIKE, LOSS_SPIKE, SAT_OUT = 0, 1, 2, 3, 4
@@ -88,13 +92,16 @@ TENSORS = Ops(
 )
 
 
-def decide(ops: Ops, seen: Statistics | None, loss: Scalar, norm: Scalar) -> Decision:
+def decide(
+    ops: Ops, seen: Statistics | None, loss: Scalar, norm: Scalar, *, early: bool = False
+) -> Decision:
     """The decision on a step with this loss and norm of its gradient, before clipping.
 
-    seen: statistics of the steps before; None within the burn-in, when only finiteness is asked for.
+    seen: statistics of the steps before; None for the first few, when only finiteness is asked for.
+    early: within the burn-in, when only what is out of all proportion is refused, and nothing shortened.
 
-    A gradient spike is more than 6 deviations and 4 times above what is usual; a loss spike more than 6
-    deviations, a tenth of the first loss and 3 times the mean above the mean. A gradient more than 3
+    A gradient spike is more than 6 deviations and 10 times above what is usual; a loss spike more than 6
+    deviations, the first loss and 3 times the mean above the mean. A gradient more than 3
     deviations and twice above what is usual is shortened to 2 deviations above it.
     """
     finite, zero = ops.finite(loss, norm), ops.zero(loss)
@@ -102,10 +109,13 @@ def decide(ops: Ops, seen: Statistics | None, loss: Scalar, norm: Scalar) -> Dec
         return Decision(ops.where(finite, zero + FINE, zero + NOT_FINITE), zero + 1.0)
     above = ops.log(norm) - seen.norm_mean
     deviation = ops.larger(ops.sqrt(seen.norm_var), _LEAST_DEVIATION)
-    rise, least = loss - seen.loss_mean, ops.larger(0.1 * abs(seen.first), 3.0 * abs(seen.loss_mean))
-    spike = (above > _WILD * deviation) & (above > _WILD_RATIO)
-    jump = (rise > _WILD * _loss_deviation(ops, seen)) & (rise > least)
+    wild, ratio, most = (_EARLY_WILD, _EARLY_RATIO, _EARLY_RISE) if early else (_WILD, _WILD_RATIO, _RISE)
+    rise, least = loss - seen.loss_mean, ops.larger(abs(seen.first), most * abs(seen.loss_mean))
+    spike = (above > wild * deviation) & (above > ratio)
+    jump = (rise > wild * _loss_deviation(ops, seen)) & (rise > least)
     verdict = ops.where(spike, zero + GRADIENT_SPIKE, ops.where(jump, zero + LOSS_SPIKE, zero))
+    if early:
+        return Decision(ops.where(finite, verdict, zero + NOT_FINITE), zero + 1.0)
     long = (above > _LONG * deviation) & (above > _LONG_RATIO)
     clip = ops.where(finite & long, ops.exp(2.0 * deviation - above), zero + 1.0)
     return Decision(ops.where(finite, verdict, zero + NOT_FINITE), clip)

@@ -12,11 +12,14 @@ from torch import Tensor
 from surefoot.errors import RecipeError
 from surefoot.guard.detect import (
     BURN_IN,
+    EARLIEST,
     FINE,
     FLOATS,
     NOT_FINITE,
     SAT_OUT,
     TENSORS,
+    Decision,
+    Ops,
     Statistics,
     begin,
     decide,
@@ -118,7 +121,7 @@ class Watch:
         if not self._on:
             return Permit(finite if scaled else torch.ones_like(finite), 0.0, 1.0)
         loss64, norm64 = loss.double(), grad_norm.double()
-        verdict, clip = decide(TENSORS, self._seen, loss64, norm64)
+        verdict, clip = self._decide(TENSORS, loss64, norm64)
         self._take_up(TENSORS, loss64, norm64)
         if not self.heals:
             return Permit(finite if scaled else torch.ones_like(finite), verdict, 1.0)
@@ -133,7 +136,7 @@ class Watch:
         if not self._on:
             bad = scaled and not (math.isfinite(loss) and math.isfinite(norm))
             return Permit(_NO if bad else _YES, FINE, 1.0)
-        verdict, clip = decide(FLOATS, self._seen, loss, norm)
+        verdict, clip = self._decide(FLOATS, loss, norm)
         self._take_up(FLOATS, loss, norm)
         if not self.heals:
             return Permit(_NO if scaled and verdict == NOT_FINITE else _YES, verdict, 1.0)
@@ -143,6 +146,14 @@ class Watch:
         if self.history.sits_out(step):
             verdict = SAT_OUT
         return Permit(_YES if verdict == FINE else _NO, verdict, clip)
+
+    def _decide(self, ops: Ops, loss: Any, norm: Any) -> Decision:
+        if self._seen is not None:
+            return decide(ops, self._seen, loss, norm)
+        if self._age < EARLIEST:
+            return decide(ops, None, loss, norm)
+        seen = begin(*self._early[:, : self._age])
+        return decide(ops, on_host(seen) if self._on_host else seen, loss, norm, early=True)
 
     def _take_up(self, ops: Any, loss: Any, norm: Any) -> None:
         if self._seen is not None:
@@ -160,8 +171,10 @@ class Watch:
 
     def would_permit(self, loss: float, norm: float) -> bool:
         """Whether a step with these numbers would be permitted now; nothing is taken up."""
-        seen = None if self._seen is None else on_host(self._seen)
-        return bool(decide(FLOATS, seen, loss, norm).verdict == FINE)
+        if self._on_host:
+            return bool(self._decide(FLOATS, loss, norm).verdict == FINE)
+        numbers = (torch.tensor(x, dtype=torch.float64, device=self._device) for x in (loss, norm))
+        return bool((self._decide(TENSORS, *numbers).verdict == FINE).item())
 
     def review(
         self, *, step: int, loss: float, verdict: int, permitted: bool, expected: bool

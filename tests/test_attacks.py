@@ -541,6 +541,22 @@ def test_a_buffer_that_is_reassigned_is_undone_and_continued(tmp_path, persisten
     assert torch.isfinite(whole.model.mean).all()
 
 
+def test_a_loop_that_is_never_left_does_not_hold_up_the_end_of_the_process(tmp_path):
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from conftest import recipe, sf
+taken = sf.steps(recipe(), out=sys.argv[2])
+next(taken), next(taken)
+"""
+    tests = Path(__file__).parent
+    command = [sys.executable, "-c", code, tests, tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    view = sf.open_run(tmp_path / "run")
+    assert (view.status, view.checkpoints()[-1].step) == ("preempted", 2)
+
+
 class Loss(enum.Enum):
     MSE = 1
     L1 = 2

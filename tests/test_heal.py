@@ -14,7 +14,6 @@ from scenarios import SCENARIOS, base, mixture, play, spoiling
 import surefoot as sf
 from surefoot.api import result, run_steps
 from surefoot.build import build
-from surefoot.guard.detect import BURN_IN, FLOATS, TENSORS, begin, decide, on_host, take_up
 from surefoot.guard.history import History, Intervention
 from surefoot.operations import Operations
 from surefoot.record.folder import RunFolder
@@ -37,39 +36,48 @@ numbers = st.one_of(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(numbers, numbers.map(abs)), min_size=1, max_size=60), st.integers(0, 1000))
-def test_a_device_decides_as_a_host_does(rows, seed):
-    rng = np.random.default_rng(seed)
-    early = torch.tensor(np.stack([2 + 0.1 * rng.normal(size=BURN_IN), rng.lognormal(size=BURN_IN)]))
-    there = begin(*early)
-    here = on_host(there)
-    for loss, norm in rows:
-        a = decide(FLOATS, here, loss, norm)
-        b = decide(TENSORS, there, *(torch.tensor(x, dtype=torch.float64) for x in (loss, norm)))
-        assert a.verdict == b.verdict.item()
-        assert a.clip == pytest.approx(b.clip.item(), rel=1e-9)
-        here = take_up(FLOATS, here, loss, norm)
-        there = take_up(TENSORS, there, *(torch.tensor(x, dtype=torch.float64) for x in (loss, norm)))
-        assert list(here) == pytest.approx([x.item() for x in there], rel=1e-9)
-        assert all(math.isfinite(x) for x in here)
+@given(
+    st.lists(st.tuples(numbers, numbers.map(abs)), min_size=1, max_size=100),
+    st.sampled_from(["heal", "watch"]),
+)
+def test_a_device_decides_as_a_host_does(rows, mode):
+    """What runs on a GPU, run on the CPU."""
+    here, there = (sf.Guard(mode).build(torch.device("cpu")) for _ in range(2))
+    there._on_host = False
+    rng = np.random.default_rng(0)
+    early = [(2 + 0.1 * rng.normal(), rng.lognormal()) for _ in range(rng.integers(0, 70))]
+    for step, numbers_now in enumerate([*early, *rows]):
+        loss, norm = (torch.tensor(x, dtype=torch.float64) for x in numbers_now)
+        a = here.permit(loss, norm, step=step, scaled=False)
+        b = there.permit(loss, norm, step=step, scaled=False)
+        assert a.permitted.item() == b.permitted.item()
+        assert a.verdict == float(b.verdict)
+        assert a.clip == pytest.approx(float(b.clip), rel=1e-9)
+    assert (here._seen is None) == (there._seen is None)
+    if here._seen is not None:
+        for a, b in zip(here._seen, there._seen, strict=True):
+            assert np.asarray(a) == pytest.approx(np.asarray(b), rel=1e-9)
+            assert np.isfinite(a).all()
 
 
-@given(st.lists(st.floats(0.8, 1.5), min_size=1, max_size=200))
+def verdicts(rows):
+    guard = sf.Guard().build(torch.device("cpu"))
+    found = []
+    for step, (loss, norm) in enumerate(rows):
+        found.append(guard.permit(torch.tensor(loss), torch.tensor(norm), step=step, scaled=False))
+    return found
+
+
+@given(st.lists(st.floats(0.8, 1.5), min_size=100, max_size=300))
 def test_calm_steps_are_left_alone(losses):
-    seen = on_host(begin(torch.full((BURN_IN,), 1.0).double(), torch.full((BURN_IN,), 1.0).double()))
-    for loss in losses:
-        assert decide(FLOATS, seen, loss, loss) == (0, 1.0)
-        seen = take_up(FLOATS, seen, loss, loss)
+    assert all((p.verdict, p.clip) == (0, 1.0) for p in verdicts([(loss, loss) for loss in losses]))
 
 
-def test_a_lasting_change_is_taken_up_within_some_dozen_steps():
-    seen = on_host(begin(torch.full((BURN_IN,), 1.0).double(), torch.full((BURN_IN,), 1.0).double()))
-    verdicts = []
-    for _ in range(200):
-        verdicts.append(decide(FLOATS, seen, 50.0, 50.0).verdict)
-        seen = take_up(FLOATS, seen, 50.0, 50.0)
-    assert verdicts[0] != 0
-    assert not any(verdicts[100:])
+def test_a_lasting_change_is_taken_up_within_some_hundred_steps():
+    found = [p.verdict for p in verdicts([(1.0, 1.0)] * 100 + [(50.0, 50.0)] * 300)]
+    assert not any(found[:100])
+    assert found[100] != 0
+    assert not any(found[300:])
 
 
 ids = st.lists(st.integers(0, 20), min_size=1, max_size=4).map(tuple)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,14 @@ def steps(
 
 def run_steps(built: Build) -> Iterator[Outcome]:
     """Steps of a run made ready; none if it has ended already."""
-    return iter(()) if built.run is None else train_steps(built.run)
+    if built.run is None:
+        return
+    taken = train_steps(built.run)
+    try:  # a loop that is never left must be left before the interpreter ends: then no thread runs any more
+        atexit.register(taken.close)
+        yield from taken
+    finally:
+        atexit.unregister(taken.close)
 
 
 def result(built: Build) -> Result:

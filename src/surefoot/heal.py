@@ -34,7 +34,7 @@ from surefoot.state import RunState
 from surefoot.train_step import Parts, losses_of, probe
 from surefoot.types import Minibatch, Slots
 
-EVERY = 100
+EVERY = 200
 """Steps between states that a run can go back to."""
 _HEALTHY = 100
 _PASS_BY = 60

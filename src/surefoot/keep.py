@@ -15,7 +15,7 @@ from surefoot.data.plan import Cadence
 from surefoot.record.recorder import Recorder
 from surefoot.state import RunState
 
-_CERTIFIED_AFTER = 250
+_CERTIFIED_AFTER = 350
 """More than the guard goes back from an alarm: so there is a state to start its replays from."""
 _FEW_REFUSED = 8
 _LEAST_AUTO_S = 2.0

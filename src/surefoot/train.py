@@ -104,7 +104,7 @@ class _Label:
     wall_s: float
 
 
-def steps(run: Run) -> Iterator[Outcome]:
+def steps(run: Run) -> Generator[Outcome, None, None]:
     """Attempts updates until the run ends; `run.status` then says how.
 
     Every way out of the loop leaves the directory in order: a request to stop, or a caller that stops

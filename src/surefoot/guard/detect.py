@@ -1,50 +1,45 @@
 """Detectors within a step: is this update to be applied, and at what length?
 
-Written once, for Python floats (a CPU, where reading a number costs nothing) and for 0-d tensors (a GPU,
-which must not be waited for): `FLOATS` and `TENSORS` are what differs. All arithmetic is in float64.
+Written once, for a host and for a device that must not be waited for: `xp` is numpy or torch. All
+arithmetic is in float64.
 
-Statistics are running means and variances whose updates are winsorised: an outlier moves them by at most
-three standard deviations, so one spike hardly counts, and a lasting change is taken up within some dozen
-steps. They begin with the median and the median absolute deviation of the first `BURN_IN` steps. Of the
-norm of the gradient it is the logarithm that is watched: false alarms of a test on the norm itself are
-common where it is skewed (cf. ZClip, Kumar et al. 2025, and the step skipping of OLMo-core).
+Statistics are running means and variances, taken up in blocks of `BLOCK` steps. They are winsorised: an
+outlier counts as six standard deviations, so one spike hardly moves them, and a lasting change is taken up
+within some hundred steps. They begin with the median and the median absolute deviation of the first
+`BURN_IN` steps. Of the norm of the gradient it is the logarithm that is watched: false alarms of a test on
+the norm itself are common where it is skewed (cf. ZClip, Kumar et al. 2025).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 BURN_IN = 64
-_KEEP = 0.98  # of the running statistics, per step
-_INFLATION = 1.03  # makes up for the variance that winsorising takes away
-_WINSOR, _WILD, _LONG = 3.0, 6.0, 3.0  # standard deviations
-_RISE = 3.0
-_LEAST_DEVIATION = 0.05  # of the log norm
-_WILD_RATIO, _LONG_RATIO = math.log(10.0), math.log(2.0)
+BLOCK = 32
 EARLIEST = 1
-"""Steps after which a crude judgement is possible; until the end of the burn-in, with these:"""
-_EARLY_WILD, _EARLY_RATIO, _EARLY_RISE = 12.0, math.log(30.0), 10.0
-_TINY = 1e-30
-
+"""Steps after which a crude judgement is possible."""
 FINE, NOT_FINITE, GRADIENT_SPIKE, LOSS_SPIKE, SAT_OUT = 0, 1, 2, 3, 4
 """Verdicts on a step. Sat out: the guard had decided before that it should be."""
+
+_KEEP = 0.98**BLOCK  # of the running statistics, per block
+_INFLATION = 1.03  # makes up for the variance that winsorising takes away
+_WINSOR, _LONG = 6.0, 3.0  # standard deviations
+_LONG_RATIO = math.log(2.0)
+_LEAST_DEVIATION = 0.05  # of the log norm
+_TINY = 1e-30
 
 Scalar = Any
 """A float or a 0-d float64 tensor."""
 
 
 class Statistics(NamedTuple):
-    """Running statistics: of the log of the gradient's norm, and of the loss. first: the first loss."""
+    """Running means and variances, float64[2]: of the log of the gradient's norm [0], of the loss [1].
+    first: the first loss.
+    """
 
-    norm_mean: Scalar
-    norm_var: Scalar
-    loss_mean: Scalar
-    loss_var: Scalar
+    mean: Any
+    var: Any
     first: Scalar
 
 
@@ -57,109 +52,96 @@ class Decision(NamedTuple):
     clip: Scalar
 
 
-class Ops(NamedTuple):
-    """What scalars differ in. finite: of two, whether both are. log: of a number that is not negative;
-    `_TINY` stands for zero. exp: of at most zero. where: one of two. zero: one of
-    the kind of its argument.
-    """
-
-    finite: Callable[..., Any]
-    log: Callable[..., Any]
-    sqrt: Callable[..., Any]
-    exp: Callable[..., Any]
-    larger: Callable[..., Any]
-    where: Callable[..., Any]
-    zero: Callable[..., Any]
+class _Bounds(NamedTuple):
+    wild: float
+    ratio: float
+    rise: float
 
 
-FLOATS = Ops(
-    finite=lambda a, b: math.isfinite(a) and math.isfinite(b),
-    log=lambda x: math.log(x) if x > _TINY else math.log(_TINY),
-    sqrt=math.sqrt,
-    exp=lambda x: math.exp(min(x, 0.0)),
-    larger=max,
-    where=lambda condition, yes, no: yes if condition else no,
-    zero=lambda like: 0.0,
-)
-TENSORS = Ops(
-    finite=lambda a, b: torch.isfinite(a) & torch.isfinite(b),
-    log=lambda x: torch.log(torch.clamp(x, min=_TINY)),
-    sqrt=torch.sqrt,
-    exp=lambda x: torch.exp(torch.clamp(x, max=0.0)),
-    larger=lambda a, b: torch.maximum(a, torch.as_tensor(b, dtype=a.dtype, device=a.device)),
-    where=torch.where,
-    zero=torch.zeros_like,
-)
+_USUAL = _Bounds(wild=6.0, ratio=math.log(10.0), rise=3.0)
+_EARLY = _Bounds(wild=12.0, ratio=math.log(30.0), rise=10.0)
 
 
-def decide(
-    ops: Ops, seen: Statistics | None, loss: Scalar, norm: Scalar, *, early: bool = False
-) -> Decision:
-    """The decision on a step with this loss and norm of its gradient, before clipping.
+def judge(xp: Any, seen: Statistics | None, loss: Scalar, norm: Scalar, *, early: bool = False) -> Decision:
+    """The decision on a step with this loss and norm of its gradient, before clipping: arrays or tensors.
 
-    seen: statistics of the steps before; None for the first few, when only finiteness is asked for.
+    seen: statistics of the steps before; None for the first, when only finiteness is asked for.
     early: within the burn-in, when only what is out of all proportion is refused, and nothing shortened.
 
     A gradient spike is more than 6 deviations and 10 times above what is usual; a loss spike more than 6
-    deviations, the first loss and 3 times the mean above the mean. A gradient more than 3
-    deviations and twice above what is usual is shortened to 2 deviations above it.
+    deviations, the first loss and 3 times the mean above the mean. A gradient more than 3 deviations and
+    twice above what is usual is shortened to 2 deviations above it.
     """
-    finite, zero = ops.finite(loss, norm), ops.zero(loss)
+    finite = xp.isfinite(loss) & xp.isfinite(norm)
+    one = xp.ones_like(loss)
     if seen is None:
-        return Decision(ops.where(finite, zero + FINE, zero + NOT_FINITE), zero + 1.0)
-    above = ops.log(norm) - seen.norm_mean
-    deviation = ops.larger(ops.sqrt(seen.norm_var), _LEAST_DEVIATION)
-    wild, ratio, most = (_EARLY_WILD, _EARLY_RATIO, _EARLY_RISE) if early else (_WILD, _WILD_RATIO, _RISE)
-    rise, least = loss - seen.loss_mean, ops.larger(abs(seen.first), most * abs(seen.loss_mean))
-    spike = (above > wild * deviation) & (above > ratio)
-    jump = (rise > wild * _loss_deviation(ops, seen)) & (rise > least)
-    verdict = ops.where(spike, zero + GRADIENT_SPIKE, ops.where(jump, zero + LOSS_SPIKE, zero))
+        return Decision(xp.where(finite, one * FINE, one * NOT_FINITE), one)
+    bounds = _EARLY if early else _USUAL
+    above, rise = _log(xp, norm) - seen.mean[0], loss - seen.mean[1]
+    norm_deviation, loss_deviation = _deviations(xp, seen)
+    spike = (above > bounds.wild * norm_deviation) & (above > bounds.ratio)
+    jump = (rise > bounds.wild * loss_deviation) & (rise > bounds.rise * abs(seen.mean[1]))
+    jump = jump & (rise > abs(seen.first))
+    verdict = xp.where(spike, one * GRADIENT_SPIKE, xp.where(jump, one * LOSS_SPIKE, one * FINE))
+    verdict = xp.where(finite, verdict, one * NOT_FINITE)
     if early:
-        return Decision(ops.where(finite, verdict, zero + NOT_FINITE), zero + 1.0)
-    long = (above > _LONG * deviation) & (above > _LONG_RATIO)
-    clip = ops.where(finite & long, ops.exp(2.0 * deviation - above), zero + 1.0)
-    return Decision(ops.where(finite, verdict, zero + NOT_FINITE), clip)
+        return Decision(verdict, one)
+    long = finite & (above > _LONG * norm_deviation) & (above > _LONG_RATIO)
+    return Decision(
+        verdict, xp.where(long, xp.exp(xp.where(long, 2.0 * norm_deviation - above, 0.0 * one)), one)
+    )
 
 
-def take_up(ops: Ops, seen: Statistics, loss: Scalar, norm: Scalar) -> Statistics:
-    """The statistics with one more step, whether it was refused or not; not if it is not finite."""
-    finite = ops.finite(loss, norm)
-    deviations = ops.larger(ops.sqrt(seen.norm_var), _LEAST_DEVIATION), _loss_deviation(ops, seen)
-    moved: list[Scalar] = []
-    for value, mean, var, deviation in (
-        (ops.log(norm), seen.norm_mean, seen.norm_var, deviations[0]),
-        (loss, seen.loss_mean, seen.loss_var, deviations[1]),
-    ):
-        most = _WINSOR * deviation
-        d = ops.where(value - mean > most, most, ops.where(value - mean < -most, -most, value - mean))
-        moved.append(ops.where(finite, mean + (1 - _KEEP) * d, mean))
-        moved.append(ops.where(finite, _KEEP * var + (1 - _KEEP) * _INFLATION * d * d, var))
-    return Statistics(moved[0], moved[1], moved[2], moved[3], seen.first)
+def calm_below(seen: Statistics) -> tuple[float, float]:
+    """Loss and norm up to which a step is fine, and its gradient not long, without a closer look."""
+    mean = [float(x) for x in seen.mean]
+    return mean[1] + abs(float(seen.first)), math.exp(min(mean[0], 700.0)) * 1.999
 
 
-def _loss_deviation(ops: Ops, seen: Statistics) -> Scalar:
-    """Not below a hundredth of the mean, so that a loss that stood still can move again."""
-    least = ops.larger(0.01 * abs(seen.loss_mean), 0.001 * abs(seen.first) + _TINY)
-    return ops.larger(ops.sqrt(seen.loss_var), least)
+def take_up(xp: Any, seen: Statistics, values: Any) -> Statistics:
+    """The statistics with more steps: losses and norms, float64[2, n]; of those that are finite."""
+    finite = xp.isfinite(values).all(0)
+    share = (1 - _KEEP) * finite.sum() / BLOCK
+    most = _WINSOR * _deviations(xp, seen)[:, None]
+    d = xp.where(finite, _watched(xp, values) - seen.mean[:, None], 0.0 * most)
+    d = xp.where(d > most, most, xp.where(d < -most, -most, d))
+    count = finite.sum() + _TINY
+    mean = seen.mean + share * d.sum(1) / count
+    return Statistics(
+        mean, (1 - share) * seen.var + share * _INFLATION * (d * d).sum(1) / count, seen.first
+    )
 
 
-def begin(losses: Tensor, norms: Tensor) -> Statistics:
-    """The statistics after the burn-in: float64[n] each, of which some may not be finite.
+def begin(xp: Any, values: Any) -> Statistics:
+    """The statistics of the first steps: losses and norms, float64[2, n], of which some may not be finite.
 
     Without any that is, everything is usual, until `take_up` has adapted.
     """
-    finite = torch.isfinite(losses) & torch.isfinite(norms)
-    logs = torch.log(torch.clamp(norms, min=_TINY))
-    found: list[Scalar] = []
-    for values in (logs, losses):
-        values = torch.where(finite, values, torch.nan)
-        median = torch.nanmedian(values)
-        deviation = 1.4826 * torch.nanmedian((values - median).abs())
-        found += [torch.nan_to_num(median), torch.nan_to_num(deviation * deviation, nan=1e30)]
-    first = losses[torch.argmax(finite.to(torch.uint8))]
-    return Statistics(found[0], found[1], found[2], found[3], torch.nan_to_num(first))
+    kept = values[:, xp.isfinite(values).all(0)]
+    if not kept.shape[1]:
+        return Statistics(0.0 * values[:, 0].clip(0, 0), 0.0 * values[:, 0].clip(0, 0) + 1e30, 0.0)
+    watched = _watched(xp, kept)
+    middle = xp.quantile(watched, 0.5, 1)
+    deviation = 1.4826 * xp.quantile(abs(watched - middle[:, None]), 0.5, 1)
+    return Statistics(middle, deviation * deviation, kept[0, 0])
 
 
-def on_host(seen: Sequence[Scalar]) -> Statistics:
-    """As Python floats."""
-    return Statistics(*(float(value) for value in seen))
+def _watched(xp: Any, values: Any) -> Any:
+    """Of losses and norms [2, n]: the logarithms of the norms, and the losses."""
+    return xp.stack((_log(xp, values[1]), values[0]))
+
+
+def _log(xp: Any, norm: Any) -> Any:
+    """A tiny number stands for zero, and for what is no number."""
+    return xp.log(xp.where(norm > _TINY, norm, 0.0 * xp.isfinite(norm) + _TINY))
+
+
+def _deviations(xp: Any, seen: Statistics) -> Any:
+    """Of the log norm and of the loss, float64[2]. The latter is not below a hundredth of the mean, so that
+    a loss that stood still can move again.
+    """
+    deviation = seen.var**0.5
+    least = 0.0 * deviation
+    least[0] = _LEAST_DEVIATION
+    least[1] = 0.01 * abs(seen.mean[1]) + 0.001 * abs(seen.first) + _TINY
+    return xp.where(deviation > least, deviation, least)

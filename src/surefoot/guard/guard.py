@@ -6,24 +6,23 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from surefoot.errors import RecipeError
 from surefoot.guard.detect import (
+    BLOCK,
     BURN_IN,
     EARLIEST,
     FINE,
-    FLOATS,
     NOT_FINITE,
     SAT_OUT,
-    TENSORS,
     Decision,
-    Ops,
     Statistics,
     begin,
-    decide,
-    on_host,
+    calm_below,
+    judge,
     take_up,
 )
 from surefoot.guard.history import History
@@ -87,6 +86,8 @@ class Permit(NamedTuple):
 
 
 _YES, _NO = torch.tensor(True), torch.tensor(False)
+_CALM = Decision(0.0, 1.0)
+_GO = Permit(_YES, 0.0, 1.0)
 
 
 class Watch:
@@ -101,14 +102,15 @@ class Watch:
         self.heals = rules.mode == "heal"
         self.history = History()
         self.pending: Alarm | None = None
+        self.reviewed = Review()
+        self.num_refused_in_a_row = 0
         self._device = device
         self._on_host = device.type == "cpu"
         self._on = rules.mode != "off"
-        self._age = 0
-        self._early = torch.full((2, BURN_IN), torch.nan, dtype=torch.float64, device=device)
         self._seen: Statistics | None = None
-        self.reviewed = Review()
-        self.num_refused_in_a_row = 0
+        self._losses: list[Any] = []  # that are not taken up yet
+        self._norms: list[Any] = []
+        self._calm_loss = self._calm_norm = -math.inf
 
     def permit(self, loss: Tensor, grad_norm: Tensor, *, step: int, scaled: bool) -> Permit:
         """Whether the update of `step` may be applied, and at what length; both numbers are 0-d tensors.
@@ -118,13 +120,14 @@ class Watch:
         if self._on_host:
             return self._permit_on_host(loss.item(), grad_norm.item(), step, scaled)
         finite = (loss - loss) + (grad_norm - grad_norm) == 0  # inf - inf and NaN - NaN are NaN
+        watched = Permit(finite if scaled else torch.ones_like(finite), 0.0, 1.0)
         if not self._on:
-            return Permit(finite if scaled else torch.ones_like(finite), 0.0, 1.0)
+            return watched
         loss64, norm64 = loss.double(), grad_norm.double()
-        verdict, clip = self._decide(TENSORS, loss64, norm64)
-        self._take_up(TENSORS, loss64, norm64)
+        verdict, clip = self._judge(loss64, norm64)
+        self._take_up(loss64, norm64)
         if not self.heals:
-            return Permit(finite if scaled else torch.ones_like(finite), verdict, 1.0)
+            return watched._replace(verdict=verdict)
         limit = self.history.most_norm(step)
         if limit is not None:
             clip = torch.minimum(clip, torch.clamp(limit / norm64, max=1.0))
@@ -136,10 +139,13 @@ class Watch:
         if not self._on:
             bad = scaled and not (math.isfinite(loss) and math.isfinite(norm))
             return Permit(_NO if bad else _YES, FINE, 1.0)
-        verdict, clip = self._decide(FLOATS, loss, norm)
-        self._take_up(FLOATS, loss, norm)
+        calm = -math.inf < loss <= self._calm_loss and norm <= self._calm_norm
+        verdict, clip = _CALM if calm else self._judge(loss, norm)
+        self._take_up(loss, norm)
         if not self.heals:
             return Permit(_NO if scaled and verdict == NOT_FINITE else _YES, verdict, 1.0)
+        if not self.history.interventions:
+            return _GO if calm else Permit(_YES if verdict == FINE else _NO, verdict, clip)
         limit = self.history.most_norm(step)
         if limit is not None and norm > limit:
             clip = min(clip, limit / norm)
@@ -147,34 +153,48 @@ class Watch:
             verdict = SAT_OUT
         return Permit(_YES if verdict == FINE else _NO, verdict, clip)
 
-    def _decide(self, ops: Ops, loss: Any, norm: Any) -> Decision:
-        if self._seen is not None:
-            return decide(ops, self._seen, loss, norm)
-        if self._age < EARLIEST:
-            return decide(ops, None, loss, norm)
-        seen = begin(*self._early[:, : self._age])
-        return decide(ops, on_host(seen) if self._on_host else seen, loss, norm, early=True)
+    def _judge(self, loss: Any, norm: Any) -> Decision:
+        """The decision on these numbers; nothing is taken up."""
+        seen, early = self._seen, self._seen is None
+        if seen is None and len(self._losses) >= EARLIEST:
+            seen = begin(*self._waiting())
+        if not self._on_host:
+            return judge(torch, seen, loss, norm, early=early)
+        with np.errstate(all="ignore"):
+            verdict, clip = judge(np, seen, np.float64(loss), np.float64(norm), early=early)
+        return Decision(float(verdict), float(clip))
 
-    def _take_up(self, ops: Any, loss: Any, norm: Any) -> None:
-        if self._seen is not None:
-            self._seen = take_up(ops, self._seen, loss, norm)
+    def _take_up(self, loss: Any, norm: Any) -> None:
+        self._losses.append(loss)
+        self._norms.append(norm)
+        if len(self._losses) < (BURN_IN if self._seen is None else BLOCK):
             return
-        self._early[0, self._age], self._early[1, self._age] = loss, norm
-        self._age += 1
-        if self._age == BURN_IN:
-            seen = begin(*self._early)
-            self._seen = on_host(seen) if self._on_host else seen
+        xp, block = self._waiting()
+        self._seen = begin(xp, block) if self._seen is None else take_up(xp, self._seen, block)
+        self._losses, self._norms = [], []
+        self._set_bounds()
+
+    def _waiting(self) -> tuple[Any, Any]:
+        """Numpy or torch, and the losses and norms that are not taken up yet: float64[2, n]."""
+        if self._on_host:
+            return np, np.array((self._losses, self._norms))
+        return torch, torch.stack((torch.stack(self._losses), torch.stack(self._norms)))
+
+    def _set_bounds(self) -> None:
+        if self._seen is not None and self._on_host:
+            self._calm_loss, self._calm_norm = calm_below(self._seen)
 
     def usual_norm(self) -> float | None:
         """Of the gradient; None within the burn-in."""
-        return None if self._seen is None else math.exp(float(self._seen.norm_mean))
+        return None if self._seen is None else math.exp(float(self._seen.mean[0]))
 
     def would_permit(self, loss: float, norm: float) -> bool:
         """Whether a step with these numbers would be permitted now; nothing is taken up."""
-        if self._on_host:
-            return bool(self._decide(FLOATS, loss, norm).verdict == FINE)
-        numbers = (torch.tensor(x, dtype=torch.float64, device=self._device) for x in (loss, norm))
-        return bool((self._decide(TENSORS, *numbers).verdict == FINE).item())
+        numbers = (loss, norm) if self._on_host else (self._tensor(loss), self._tensor(norm))
+        return float(self._judge(*numbers).verdict) == FINE
+
+    def _tensor(self, number: Any) -> Tensor:
+        return torch.tensor(number, dtype=torch.float64, device=self._device)
 
     def review(
         self, *, step: int, loss: float, verdict: int, permitted: bool, expected: bool
@@ -198,9 +218,11 @@ class Watch:
         """JSON."""
         return {
             "num_refused_in_a_row": self.num_refused_in_a_row,
-            "age": self._age,
-            "early": self._early[:, : self._age].tolist() if self._seen is None else [],
-            "seen": None if self._seen is None else list(on_host(self._seen)),
+            "losses": [float(x) for x in self._losses],
+            "norms": [float(x) for x in self._norms],
+            "seen": None
+            if self._seen is None
+            else [self._seen.mean.tolist(), self._seen.var.tolist(), float(self._seen.first)],
             "review": self.reviewed.state_dict(),
             "history": self.history.to_json(),
             "pending": None if self.pending is None else list(self.pending),
@@ -209,15 +231,15 @@ class Watch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave, or an earlier version's."""
         self.num_refused_in_a_row = state["num_refused_in_a_row"]
+        as_here = float if self._on_host else self._tensor
+        self._losses = [as_here(x) for x in state.get("losses", [])]
+        self._norms = [as_here(x) for x in state.get("norms", [])]
+        seen = state.get("seen")
+        array = np.array if self._on_host else self._tensor
+        self._seen = Statistics(array(seen[0]), array(seen[1]), seen[2]) if seen else None
+        self._calm_loss = self._calm_norm = -math.inf
+        self._set_bounds()
         self.reviewed = Review()
-        self._early.fill_(torch.nan)
-        self._age, self._seen = state.get("age", 0), None
-        if state.get("early"):
-            self._early[:, : self._age] = torch.tensor(state["early"], dtype=torch.float64)
-        if state.get("seen"):
-            seen = Statistics(*state["seen"])
-            as_tensor = [torch.tensor(x, dtype=torch.float64, device=self._device) for x in seen]
-            self._seen = seen if self._on_host else Statistics(*as_tensor)
         self.reviewed.load_state_dict(state.get("review", {}))
         self.history = History.from_json(state.get("history", []))
         self.pending = Alarm(*state["pending"]) if state.get("pending") else None

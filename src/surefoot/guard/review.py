@@ -8,15 +8,17 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from surefoot.guard.detect import FINE, NOT_FINITE, SAT_OUT
+from surefoot.guard.detect import BLOCK, FINE, NOT_FINITE, SAT_OUT
 
 BURN_IN = 64
 _LEVEL_KEEPS = 0.9
 _SPREAD_KEEPS = 0.98
 _LEVEL_STEPS = 20
 _MANY_SKIPS, _OF_STEPS = 8, 20
+_SKIPS = (1 << _OF_STEPS) - 1
 _HARD_STREAK = 4
-_COLLAPSE_STEPS, _COLLAPSE_EVERY, _COME_DOWN = 200, 50, 0.1
+_COLLAPSE_BLOCKS, _COME_DOWN = 6, 0.1
+_COLLAPSE_STEPS = _COLLAPSE_BLOCKS * BLOCK
 
 Detector = str
 """``D3`` level divergence, ``D4`` skip rate, ``D5`` hard streak, ``D6`` collapse."""
@@ -36,6 +38,8 @@ class Review:
     """Detectors over rows; call `look` with each, in order.
 
     age: rows seen. first: the first finite loss: before the first update, unless that was not finite.
+    skips: a bit for each of the last steps, the newest lowest. waiting: losses not looked at yet. losses:
+    medians of the last blocks of them.
     told_slow: that the loss does not come down has been looked into.
     """
 
@@ -47,8 +51,9 @@ class Review:
     best_spread: float = 0.0
     num_above: int = 0
     num_not_finite: int = 0
-    skips: deque[int] = field(default_factory=lambda: deque(maxlen=_OF_STEPS))
-    losses: deque[float] = field(default_factory=lambda: deque(maxlen=_COLLAPSE_STEPS))
+    skips: int = 0
+    waiting: list[float] = field(default_factory=list)
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=_COLLAPSE_BLOCKS))
     told_slow: bool = False
 
     def look(self, *, step: int, loss: float, verdict: int, expected: bool, bears: bool) -> Alarm | None:
@@ -62,54 +67,54 @@ class Review:
         self.age += 1
         if expected or verdict == SAT_OUT:
             return None
-        self.skips.append(int(verdict != FINE))
+        if verdict == FINE and not self.skips:
+            self.waiting.append(loss)
+            return self._block(step, bears) if len(self.waiting) >= BLOCK else None
+        self.skips = (self.skips << 1 | (verdict != FINE)) & _SKIPS
         self.num_not_finite = self.num_not_finite + 1 if verdict == NOT_FINITE else 0
         if self.num_not_finite >= _HARD_STREAK and not bears:
             onset = step - self.num_not_finite + 1
             return Alarm("D5", step, onset, f"{self.num_not_finite} steps in a row were not finite")
-        if sum(self.skips) >= _MANY_SKIPS and not bears:
-            onset = step - len(self.skips) + 1 + self.skips.index(1)
-            return Alarm(
-                "D4", step, onset, f"{sum(self.skips)} of {len(self.skips)} updates had to be refused"
-            )
+        num_skips = self.skips.bit_count()
+        if num_skips >= _MANY_SKIPS and not bears:
+            onset = max(0, step + 1 - self.skips.bit_length())
+            reason = f"{num_skips} of {_OF_STEPS} updates had to be refused"
+            return Alarm("D4", step, onset, reason)
         if verdict != FINE:
             return None
-        level = self._level(step, loss, bears)
-        return level or (None if bears else self._collapse(step, loss))
+        self.waiting.append(loss)
+        return self._block(step, bears) if len(self.waiting) >= BLOCK else None
 
-    def _level(self, step: int, loss: float, bears: bool) -> Alarm | None:
-        """D3: the loss has left its best level for good. Of updates that were applied only."""
+    def _block(self, step: int, bears: bool) -> Alarm | None:
+        """Looks at the losses of some updates that were applied."""
+        losses, self.waiting = self.waiting, []
+        for loss in losses:
+            self._take_up(loss, bears)
+        if self.num_above >= _LEVEL_STEPS:
+            now = f"the loss, {self.level:.4g} over the last steps, was {self.best:.4g} at its best"
+            return Alarm("D3", step, max(0, step - self.num_above), now)
+        self.losses.append(statistics.median(losses))
+        return None if bears else self._collapse(step)
+
+    def _take_up(self, loss: float, bears: bool) -> None:
+        """D3: has the loss left its best level for good?"""
         if math.isnan(self.level):
             self.first = self.level = loss
         residual = loss - self.level
         self.level += (1 - _LEVEL_KEEPS) * residual
         self.spread = _SPREAD_KEEPS * self.spread + (1 - _SPREAD_KEEPS) * residual * residual
         if self.age <= BURN_IN:
-            return None
+            return
         if self.level < self.best:
             self.best, self.best_spread = self.level, math.sqrt(self.spread)
         most = self.best + max(4 * self.best_spread, 0.5 * abs(self.best), 0.1 * abs(self.first))
         self.num_above = self.num_above + 1 if self.level > most and not bears else 0
-        if self.num_above < _LEVEL_STEPS:
-            return None
-        return Alarm(
-            "D3",
-            step,
-            step - _LEVEL_STEPS,
-            f"the loss, {self.level:.4g} over the last steps, was {self.best:.4g} at its best",
-        )
 
-    def _collapse(self, step: int, loss: float) -> Alarm | None:
+    def _collapse(self, step: int) -> Alarm | None:
         """D6: after many updates the loss is about what it was before the first. Such runs are calm: no
         spike tells. They may just be slow, so this is a suspicion, raised once.
         """
-        self.losses.append(loss)
-        if (
-            self.told_slow
-            or len(self.losses) < _COLLAPSE_STEPS
-            or self.age % _COLLAPSE_EVERY
-            or self.learns()
-        ):
+        if self.told_slow or len(self.losses) < _COLLAPSE_BLOCKS or self.learns():
             return None
         onset = max(0, step - self.age + 1) if self.age <= 2 * _COLLAPSE_STEPS else step - _COLLAPSE_STEPS
         return Alarm(
@@ -134,4 +139,5 @@ class Review:
         """Puts back what `state_dict` gave."""
         for name, value in state.items():
             mine = getattr(self, name)
-            setattr(self, name, deque(value, mine.maxlen) if isinstance(mine, deque) else value)
+            kept = list(value) if isinstance(mine, list) else value
+            setattr(self, name, deque(value, mine.maxlen) if isinstance(mine, deque) else kept)

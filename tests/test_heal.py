@@ -1,15 +1,19 @@
 """Divergence is recognised, undone and explained, alike in every repetition."""
 
 import math
+import random
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import blobs, recipe
+from conftest import ROOT, blobs, recipe, surefoot, surefoot_process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenarios import SCENARIOS, base, mixture, play, spoiling
+from test_kill import newest_step
 
 import surefoot as sf
 from surefoot.api import result, run_steps
@@ -240,6 +244,69 @@ def test_a_stop_while_healing_keeps_the_alarm(tmp_path, undisturbed):
     assert not events(tmp_path / "run", "rolled_back")
     done = sf.fit(jump(), out=tmp_path / "run", operations=OFTEN)
     assert (done.digest, done.ledger) == (undisturbed.digest, undisturbed.ledger)
+
+
+def killed_run(path, rng, kills):
+    """The same command again and again, killed around the rollback; how often that came to pass."""
+    command = (
+        "train",
+        ROOT / "tests/recipes/jumping.py",
+        "pause_s=0.0002",
+        "--workers",
+        "2",
+        "--out",
+        path,
+    )
+    done = 0
+    while True:
+        process = surefoot_process(*command, "--set", f"checkpoint.every={rng.choice([1, 7, 50])}")
+        try:
+            goal = rng.choice([60, 320, 331, 335, 340, 345, 390])
+            begun = time.monotonic()
+            while done < kills and newest_step(path) < goal and process.poll() is None:
+                time.sleep(0.002)
+                assert time.monotonic() < begun + 60
+            if done < kills:
+                time.sleep(rng.uniform(0.0, 0.2))
+                process.kill()
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        if process.returncode == 0:
+            return done
+        assert process.returncode == -signal.SIGKILL, err
+        done += 1
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("never") / "run"
+    done = surefoot("train", ROOT / "tests/recipes/jumping.py", "--out", path)
+    assert done.returncode == 0, done.stderr
+    assert len(events(path, "rolled_back")) == 1
+    told = sf.open_run(path).summary()
+    assert told["quarantined"] == [77]
+    return told
+
+
+def assert_killed_alike(path, seed, kills, never_killed):
+    assert killed_run(path, random.Random(seed), kills) >= 3
+    told = sf.open_run(path).summary()
+    for name in ("status", "step", "samples", "interventions", "quarantined", "digest", "ledger"):
+        assert told[name] == never_killed[name], name
+    assert sf.open_run(path).verify() == []
+
+
+@pytest.mark.timeout(300)
+def test_killed_around_a_rollback(tmp_path, never_killed):
+    assert_killed_alike(tmp_path / "run", 0, 6, never_killed)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_killed_around_a_rollback_again_and_again(tmp_path, never_killed, seed):
+    assert_killed_alike(tmp_path / "run", seed, 15, never_killed)
 
 
 # ---------------------------------------------------------------------------------- samples

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,22 +20,38 @@ def stacks_if_stuck(after_s: float) -> Iterator[None]:
     """Prints the stacks of all threads to standard error if the body is not through after that time: for
     what comes before a run has a directory.
     """
-    try:
-        faulthandler.dump_traceback_later(after_s, exit=False)
-    except (OSError, ValueError, AttributeError, RuntimeError):  # standard error is no file
-        yield
-        return
+    through = threading.Event()
+
+    def watch() -> None:
+        if not through.wait(after_s):
+            print(f"not through after {after_s:g} s\n{_stacks()}", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=watch, name="start-watch", daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        faulthandler.cancel_dump_traceback_later()
+        through.set()
+        thread.join(_LOOKS_S)
+
+
+def _stacks() -> str:
+    """Of all threads but this one."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"Thread 0x{ident:016x} ({names.get(ident, '?')}), most recent call last:\n"
+        + "".join(traceback.format_stack(frame))
+        for ident, frame in sys._current_frames().items()
+        if ident != threading.get_ident()
+    )
 
 
 class HangWatch:
-    """Dumps the stacks of all threads if `progress` stays the same for `after_s` seconds.
+    """Writes down the stacks of all threads if `progress` stays the same for `after_s` seconds.
 
-    The dump is made by a thread of Python's faulthandler, which needs no interpreter lock: it also comes
-    if compiled code holds that for ever. It goes to ``incidents/hang-<process>.txt``; nothing is ended.
+    A thread does that. If it does not get the interpreter lock for so long, because compiled code holds it,
+    Python's faulthandler does, which needs none. (It must not while Python code runs: it may crash on what
+    changes under it.) They go to ``incidents/hang-<process>.txt``; nothing is ended.
 
     Args:
         progress: any value that changes as long as the run moves; read from another thread.
@@ -80,14 +98,15 @@ class HangWatch:
         told = False
         seen, since = self._progress(), time.monotonic()
         try:
-            faulthandler.dump_traceback_later(self._after_s, file=file, exit=False)
             while not self._done.wait(min(_LOOKS_S, self._after_s / 4)):
+                faulthandler.dump_traceback_later(self._after_s, file=file, exit=False)
                 now = self._progress()
                 if now != seen:
                     seen, since, told = now, time.monotonic(), False
-                    faulthandler.dump_traceback_later(self._after_s, file=file, exit=False)
-                elif not told and time.monotonic() - since > self._after_s + 0.2:
+                elif not told and time.monotonic() - since > self._after_s:
                     told = True
+                    file.write(_stacks().encode())
+                    file.flush()
                     self._notice(time.monotonic() - since, path)
         finally:
             faulthandler.cancel_dump_traceback_later()

@@ -39,13 +39,13 @@ def train(path: Path, *settings: str, workers: int = 2, every: str = "3"):
     )  # fmt: skip
 
 
-def kill_until_done(path: Path, rng: random.Random, *settings: str) -> int:
+def kill_until_done(path: Path, rng: random.Random, *settings: str, reach: int = 5) -> int:
     """Starts the same command again and again, and kills it; how often."""
     kills, deadline = 0, time.monotonic() + 280
     while True:
         process = train(path, "pause_s=0.004", *settings)
         try:
-            kill_in_time(process, path, rng)
+            kill_in_time(process, path, rng, reach)
         finally:
             process.kill()
         out, err = process.communicate()
@@ -56,13 +56,13 @@ def kill_until_done(path: Path, rng: random.Random, *settings: str) -> int:
         assert time.monotonic() < deadline
 
 
-def kill_in_time(process, path: Path, rng: random.Random) -> None:
+def kill_in_time(process, path: Path, rng: random.Random, reach: int) -> None:
     """Kills a training process some steps from where it starts, or anywhere."""
     begun, first = time.monotonic(), newest_step(path)
     if rng.random() < 0.15:  # importing and restoring included
         time.sleep(rng.uniform(0.0, 3.5))
     else:
-        goal = first + rng.randint(1, 5)
+        goal = first + rng.randint(1, reach)
         while newest_step(path) < goal and process.poll() is None:
             time.sleep(0.002)
             assert time.monotonic() < begun + 60
@@ -113,7 +113,7 @@ def test_killed_at_random_instants(tmp_path, uninterrupted, seed, settings):
 @pytest.mark.parametrize("seed", range(40))
 def test_killed_a_thousand_times(tmp_path, uninterrupted, seed):
     settings = [(), ("optimizer=adamw",), ("tail=pad",), ("precision=bf16",)][seed % 4]
-    kills = kill_until_done(tmp_path / "run", random.Random(100 + seed), *settings)
+    kills = kill_until_done(tmp_path / "run", random.Random(100 + seed), *settings, reach=2)
     assert kills >= 25  # 40 times that many
     assert_equal_runs(tmp_path / "run", uninterrupted(*settings))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,17 +11,37 @@ from torch import Tensor
 
 from surefoot.data.feed import leave_out
 from surefoot.train_step import Parts, losses_of, probe
-from surefoot.types import HOLE, Minibatch
+from surefoot.types import HOLE, Minibatch, leaves
 
 _MOST = 8
 """To blame in one step; with more it is the step itself that is wrong."""
 _OUTLIER = 10.0
 
 
-def to_blame(parts: Parts, batch: Minibatch) -> tuple[int, ...]:
-    """Samples without which the step that was refused would have been permitted; empty if it is not for
-    a few samples.
+class Blame(NamedTuple):
+    """ids: of the samples. broken_data: their data hold what is not finite, so it is not the weights."""
+
+    ids: tuple[int, ...]
+    broken_data: bool
+
+
+def to_blame(parts: Parts, batch: Minibatch) -> Blame:
+    """Samples without which the step that was refused would have been permitted; none if it is not for a
+    few samples.
     """
+    ids = _suspects(parts, batch)
+    if not ids:
+        return Blame(ids, broken_data=False)
+    rows = torch.from_numpy(np.flatnonzero(np.isin(batch.slots.ids, ids)))
+    broken = torch.zeros(len(rows), dtype=torch.bool)
+    for leaf in leaves(batch.data):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            finite = torch.isfinite(leaf[rows.to(leaf.device)]).reshape(len(rows), -1).all(1)
+            broken |= ~finite.cpu()
+    return Blame(ids, bool(broken.all()))
+
+
+def _suspects(parts: Parts, batch: Minibatch) -> tuple[int, ...]:
     losses = losses_of(parts, batch)
     broken = _ids(batch, ~torch.isfinite(losses))
     if broken or not math.isfinite(probe(parts, batch)[1]):

@@ -64,7 +64,7 @@ from surefoot.types import DurationLike, duration
 _MOST_UPDATES = 1 << 48
 _MEASURED_EVERY_STEP = 1 << 17
 _MEASURED_SELDOM = 16
-_ROWS_FOR_BATCH_NORM = 8
+_ROWS_FOR_BATCH_NORM, _FATAL_FOR_BATCH_NORM = 8, 4
 
 
 @dataclass
@@ -189,6 +189,7 @@ def _build(
 
     doubts = _doubts(model, parts)
     notes += doubts
+    fatal = doubts if min(parts.micro, parts.physical) < _FATAL_FOR_BATCH_NORM else []
     healer = Healer(
         parts=parts,
         state=state,
@@ -198,7 +199,8 @@ def _build(
         total=total,
         num_samples=plan.num_samples,
         initial=initial,
-        doubts=doubts,
+        doubts=fatal,
+        own_from=state.step,
         rows=_rows(folder, state),
     )
     run = Run(

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from surefoot.blame import outliers, to_blame
+from surefoot.blame import Blame, outliers, to_blame
 from surefoot.checkpoint.snapshot import Snapshot
 from surefoot.checkpoint.store import DirectoryStore
 from surefoot.data.feed import Feed, leave_out
@@ -70,8 +70,11 @@ class StopAskedError(Exception):
 class Replay(Protocol):
     """Takes updates again, leaving no trace."""
 
-    def __call__(self, until: int, rows: list[Row] | None = None) -> Alarm | Stop | None:
-        """Up to a step, its rows added to `rows`; the first alarm, at which it stops, or None.
+    def __call__(
+        self, until: int, rows: list[Row] | None = None, *, known: bool = False
+    ) -> Alarm | Stop | None:
+        """Up to a step, its rows added to `rows`; the first alarm, at which it stops, or None. known: these
+        steps were taken before with the history as it is, so what they raise was answered then.
 
         Raises:
             StopAskedError: a stop was asked for.
@@ -97,6 +100,7 @@ class Healer:
     num_samples: int
     initial: Callable[[], Snapshot]
     doubts: Sequence[str] = ()
+    own_from: int = 0
     rows: deque[Row] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     memory: dict[int, Snapshot] = field(default_factory=dict)
     _fits: bool | None = None
@@ -118,20 +122,24 @@ class Healer:
         return None
 
     def unsound(self) -> Alarm:
-        """The alarm for a state that holds numbers that are not finite, whenever that is noticed."""
-        last = self.state.step - 1
+        """The alarm for a state that holds numbers that are not finite: the same whenever in a window of
+        `EVERY` steps that is noticed.
+        """
+        begins = (self.state.step - 1) // EVERY * EVERY
         reason = "weights, or what the optimizer keeps for them, are not finite"
-        return Alarm("D0", last, last // EVERY * EVERY, reason)
+        return Alarm("D0", min(self.total, begins + EVERY) - 1, begins, reason)
 
     def _go_back(self, step: int, history: History, replay: Replay) -> None:
         """Puts the run into the state after `step` updates; `history` holds from there on."""
         elapsed_s, now = self.state.elapsed_s, self.parts.guard.history
         self.state.restore(self._nearest(step, now))
         self.parts.guard.history = now
-        replay(step)
+        replay(step, known=True)
         if self.state.step != step:
             raise StateError(f"step {step} could not be reached again: {self.state.step} was.")
         self.state.elapsed_s, self.parts.guard.history = elapsed_s, history
+        if self._fits is not False and step not in self.memory:  # it is needed for each remedy
+            self.memory[step] = self.state.snapshot().copy()
 
     def _nearest(self, step: int, history: History) -> Snapshot:
         """The newest state at or before `step` on the way that the run has come."""
@@ -144,7 +152,7 @@ class Healer:
                     found = self.store.load(checkpoint)
                 except StateError:
                     continue
-                then = History.from_json(found.facts["stateful"]["guard"].get("history", []))
+                then = History.from_json(found.facts["stateful"]["guard"].get("history", {}))
                 if _on_the_way(then, history, checkpoint.step):
                     return found
         return self.memory[at].copy() if at >= 0 else self.initial()
@@ -158,8 +166,6 @@ class Healer:
         begun = time.perf_counter()
         before, rules = self.parts.guard.history, self.parts.guard.rules
         slow = alarm.detector == "D6"
-        if slow and self._warms_up(alarm.step):
-            return None
         if not slow and self._weights_are_sound(alarm):
             bears = before.count("bear")
             until = alarm.step + 1 + _BEAR * 2 ** min(bears, 8)
@@ -197,6 +203,7 @@ class Healer:
         if odd is not None:
             return found(f"step {odd} does not reproduce: the machine made a mistake there", "none needed")
         best: tuple[float, str, list[Intervention]] | None = None
+        untreated = [row.loss for row in self.rows if row.step <= alarm.step and row.permitted][-_LAST:]
         for name, remedies in self._remedies(alarm, target, compare, before, went_back, replay):
             if best is not None and remedies[0].kind == "sit_out":
                 break
@@ -208,12 +215,15 @@ class Healer:
             again_bad = replay(min(self.total, int(end)), rows)
             if again_bad is None and not self.parts.updater.finite():
                 again_bad = self.unsound()
+            losses = [row.loss for row in rows[-_LAST:] if row.permitted]
+            if again_bad is None and not losses:
+                again_bad = Stop("no update is applied any more", "")
             if again_bad is None and not compare:
                 return found(_CAUSES[remedies[0].kind], name, *remedies)
-            if again_bad is None and (not slow or self.parts.guard.reviewed.learns()):
-                loss = statistics.median(row.loss for row in rows[-_LAST:])
-                best = min(best or (math.inf, "", []), (loss, name, remedies), key=lambda b: b[0])
             tried.append(name if again_bad is None else f"{name} ({again_bad.reason})")
+            if again_bad is None and (not slow or self._learns_better(losses, untreated)):
+                loss = statistics.median(losses)
+                best = min(best or (math.inf, "", []), (loss, name, remedies), key=lambda b: b[0])
         if best is not None:
             return found(_CAUSES[best[2][0].kind], best[1], *best[2])
         if slow and not self.doubts:
@@ -241,14 +251,24 @@ class Healer:
                 return False
         return True
 
-    def _warms_up(self, step: int) -> bool:
+    def _learns_better(self, losses: list[float], untreated: list[float]) -> bool:
+        """Whether the loss comes down, and these last losses are below the untreated ones by more than
+        chance.
+        """
+        if not self.parts.guard.reviewed.learns():
+            return False
+        chance = statistics.pstdev(untreated) / math.sqrt(len(untreated))
+        gain = statistics.mean(untreated) - statistics.mean(losses)
+        return gain > max(4 * chance, 0.05 * abs(self.parts.guard.reviewed.first))
+
+    def warms_up(self, step: int) -> bool:
         """Whether the rate is still far below what it will be."""
         at = [self.schedule(s) for s in range(0, self.total, max(1, self.total // 200))]
         return self.schedule(step) < 0.5 * max(at)
 
     def _first_difference(self, alarm: Alarm, replay: Replay) -> int | None:
         """The first step whose replay gives other bits than it gave before."""
-        before = {row.step: row for row in self.rows}
+        before = {row.step: row for row in self.rows if row.step >= self.own_from}
         now: list[Row] = []
         replay(min(self.total, alarm.step + 1), now)
         for row in now:
@@ -285,7 +305,7 @@ class Healer:
             )
         slow = alarm.detector == "D6"
         ids = () if slow else self._suspects(alarm, target, history, replay)
-        if ids and self._may_quarantine(len(ids)):
+        if ids and self._may_quarantine(ids):
             yield f"{len(ids)} samples left out", [Intervention("quarantine", target, at, 0.0, ids)]
         self._go_back(target, history, replay)
         usual = self.parts.guard.usual_norm() or 1.0
@@ -320,7 +340,7 @@ class Healer:
 
     # ------------------------------------------------------------------ after a refused step
 
-    def blame(self, step: int) -> tuple[int, ...]:
+    def blame(self, step: int) -> Blame:
         """Samples without which the step that was refused would have been permitted."""
         return to_blame(self.parts, self.batch(step))
 
@@ -330,22 +350,26 @@ class Healer:
         out = self.parts.guard.history.holes(step, batch.slots.ids)
         return batch if out is None else leave_out(batch, out)
 
-    def quarantine(self, slots: Slots, ids: tuple[int, ...], *, lag: int) -> Stop | None:
-        """Leaves samples out from the next step on that does not have its batch yet."""
+    def quarantine(self, slots: Slots, blamed: Blame, *, lag: int) -> Stop | bool:
+        """Leaves samples out from the next step on that does not have its batch yet; whether it does. If
+        there are too many, the run ends, unless it may be the weights that are wrong.
+        """
         guard = self.parts.guard
-        if not self._may_quarantine(len(ids)):
+        if not self._may_quarantine(blamed.ids):
+            if not blamed.broken_data:
+                return False
             return Stop(
                 f"more than {self._most_quarantined():,} of {self.num_samples:,} samples break a step, the "
                 f"last in step {slots.step}.",
                 "Look at the data: surefoot show lists the samples; or raise max_quarantined of the guard.",
             )
-        one = Intervention("quarantine", slots.step + 1 + lag, slots.step, 0.0, ids)
+        one = Intervention("quarantine", slots.step + 1 + lag, slots.step, 0.0, blamed.ids)
         guard.history = guard.history.with_(one)
-        return None
+        return True
 
-    def _may_quarantine(self, more: int) -> bool:
-        now = len(self.parts.guard.history.quarantined(1 << 62))
-        return now + more <= self._most_quarantined()
+    def _may_quarantine(self, more: tuple[int, ...]) -> bool:
+        now = self.parts.guard.history.quarantined(1 << 62)
+        return len({*now, *more}) <= self._most_quarantined()
 
     def _most_quarantined(self) -> int:
         return max(_FEW, int(self.parts.guard.rules.max_quarantined * self.num_samples))

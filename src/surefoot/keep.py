@@ -141,6 +141,7 @@ class Keeper:
         state = self.state
         self.writer.submit(state.snapshot(), state.step)
         stall_s = time.perf_counter() - begun
+        self._asked.pop(state.step, None)
         self._asked[state.step] = _Asked(state.num_refused, state.validated_at, stall_s)
 
     def settle(self) -> None:
@@ -184,8 +185,11 @@ class Keeper:
         return False
 
     def _settle(self, done: Written) -> None:
-        asked = self._asked[done.step]
-        self._asked = {step: a for step, a in self._asked.items() if step > done.step}
+        while True:  # those asked for before it gave way to it
+            step = next(iter(self._asked))
+            asked = self._asked.pop(step)
+            if step == done.step:
+                break
         if done.error is not None or done.checkpoint is None:
             self._failed(done.error)
             return

@@ -190,7 +190,7 @@ def _tell(
         record.event("checkpoint_rejected", step=state.step, reason=reason)
         opened.notes.append(reason)
     name = checkpoint.path.name if checkpoint else ""
-    done = len(state.guard.history.interventions)
+    done = state.guard.history.num_decided
     record.event(
         "resumed", step=state.step, checkpoint=name, environment_changed=changed, interventions=done
     )

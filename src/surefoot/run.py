@@ -12,6 +12,7 @@ import numpy as np
 from surefoot.checkpoint.kept import Checkpoint, list_checkpoints
 from surefoot.data.plan import Plan
 from surefoot.errors import StateError
+from surefoot.guard.detect import SAT_OUT
 from surefoot.guard.history import History
 from surefoot.record.columns import Columns, lineage
 from surefoot.record.events import Event, event_lineage, read_events
@@ -130,7 +131,7 @@ class RunView:
             "samples": int(log["samples"][-1]) if step else 0,
             "epoch": int(epochs) if epochs.denominator == 1 else round(float(epochs), 4),
             "metrics": metrics,
-            "interventions": int((~log["permitted"]).sum()) + history.count("rollback"),
+            "interventions": _num_refused(log) + history.count("rollback"),
             "quarantined": history.quarantined(step),
             "digest": facts.get("digest"),
             "ledger": facts.get("ledger"),
@@ -209,8 +210,14 @@ class RunView:
         return ledger.value
 
 
+def _num_refused(log: Columns) -> int:
+    """Updates that were refused for what they were, not sat out."""
+    refused = ~log["permitted"]
+    return int((refused & (log["verdict"] != SAT_OUT)).sum() if "verdict" in log else refused.sum())
+
+
 def _history(facts: dict[str, Any]) -> History:
-    return History.from_json(facts.get("stateful", {}).get("guard", {}).get("history", []))
+    return History.from_json(facts.get("stateful", {}).get("guard", {}).get("history", {}))
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterator, MutableSequence, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ import torch
 from surefoot.data.feed import Feed, leave_out
 from surefoot.data.plan import Cadence
 from surefoot.errors import RecipeError, StateError, SurefootError, failure_class
-from surefoot.guard.detect import FINE, GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE
+from surefoot.guard.detect import FINE, GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE, SAT_OUT
 from surefoot.guard.guard import Stop
 from surefoot.guard.hang import HangWatch
 from surefoot.guard.review import Alarm
@@ -88,6 +88,7 @@ class Run:
     rows: MutableSequence[Row]
     stop: StopRequest = field(default_factory=StopRequest)
     status: str = "running"
+    blames: bool = True
     warned: dict[str, int] = field(default_factory=dict)
 
 
@@ -152,14 +153,14 @@ def first_failure(what: str, error: Exception) -> RecipeError:
 
 def _attempt(run: Run) -> Generator[Outcome, None, str]:
     """Updates from `state.step` on; returns the status that the run ends with."""
-    if _validation_due(run) and _validate(run) is None:
-        return "preempted"
     guard = run.parts.guard
     while True:
         if guard.pending is not None:
             status = _heal(run, guard.pending)
             if status:
                 return status
+        if _validation_due(run) and _validate(run) is None:
+            return "preempted"
         with closing(run.feed.batches(run.state.step, run.total)) as batches:  # else workers outlive errors
             status = yield from _updates(run, batches)
         if status:
@@ -261,8 +262,8 @@ def _heal(run: Run, alarm: Alarm) -> str:
     run.keeper.settle()
     whole = run.state.snapshot().copy()
 
-    def replay(until: int, rows: list[Row] | None = None) -> Alarm | Stop | None:
-        return _replay(run, until, [] if rows is None else rows)
+    def replay(until: int, rows: list[Row] | None = None, *, known: bool = False) -> Alarm | Stop | None:
+        return _replay(run, until, [] if rows is None else rows, known=known)
 
     try:
         done = run.healer.heal(alarm, replay)
@@ -279,16 +280,17 @@ def _heal(run: Run, alarm: Alarm) -> str:
         return "diverged"
     if done is None or "at" not in done:  # the run goes on from where it is
         if done is not None:
-            run.told.event("borne", **done, interventions=len(guard.history.interventions))
+            run.told.event("borne", **done, interventions=guard.history.num_decided)
         return ""
-    run.told.event("rolled_back", **done, interventions=len(guard.history.interventions))
+    run.told.event("rolled_back", **done, interventions=guard.history.num_decided)
     run.keeper.went_back()
     return ""
 
 
-def _replay(run: Run, until: int, rows: list[Row]) -> Alarm | Stop | None:
-    """Takes updates up to a step, leaving no trace beside the state; the first alarm, or None."""
-    quiet = replace(run, told=Silence(), readings=Readings(run.parts.device), rows=rows)
+def _replay(run: Run, until: int, rows: list[Row], *, known: bool) -> Alarm | Stop | None:
+    """Takes updates up to a step, leaving no trace beside the state; see `heal.Replay`."""
+    readings: Readings[_Label] = Readings(run.parts.device)
+    quiet = replace(run, told=Silence(), readings=readings, rows=rows, blames=not known)
     state = run.state
     while state.step < until and not state.stopped_early:
         if run.stop():
@@ -296,11 +298,14 @@ def _replay(run: Run, until: int, rows: list[Row]) -> Alarm | Stop | None:
         batch, _, attempt = _update(quiet, run.feed.at(state.step))
         label = _Label(batch.slots, state.samples, 0.0, attempt.num_micro, 0.0, 0.0, 0.0)
         verdict = _settle(quiet, label, attempt)
-        if verdict is not None:
+        if verdict is not None and not known:
             return verdict
+        if isinstance(verdict, Alarm) and verdict.detector == "D6":
+            run.parts.guard.reviewed.told_slow = True
         if _validation_due(quiet) and _validate(quiet) is None:
             raise StopAskedError
-    return _settle(quiet, None, None)
+    verdict = _settle(quiet, None, None)
+    return None if known else verdict
 
 
 def _wait_for(batches: Iterator[Minibatch], stop: StopRequest) -> Minibatch:
@@ -335,40 +340,47 @@ def _settle(run: Run, label: _Label | None, attempt: Attempt | None) -> Alarm | 
         run.rows.append(Row(slots.step, loss, grad_norm, bool(permitted)))
         if permitted:
             state.ledger.extend(slots.step, slots.ids)
-        else:
+        elif verdict != SAT_OUT:
             state.num_refused += 1
         overflow = bool(loss_scale) and math.isfinite(loss) and scale_used > LossScale.LEAST
-        expected = overflow and verdict == NOT_FINITE
-        now = guard.review(
-            step=slots.step, loss=loss, verdict=int(verdict), permitted=bool(permitted), expected=expected
+        expected, now = overflow and verdict == NOT_FINITE, None
+        if verdict != SAT_OUT and (not permitted or verdict != FINE):
+            now = _refused(run, slots, loss, grad_norm, int(verdict), permitted=bool(permitted))
+        judged = guard.review(
+            step=slots.step, loss=loss, verdict=int(verdict), permitted=bool(permitted),
+            expected=expected or now == "explained",
         )  # fmt: skip
-        if not permitted or verdict != FINE:
-            now = _refused(run, slots, loss, grad_norm, int(verdict), permitted=bool(permitted)) or now
-        if isinstance(now, Alarm) and not guard.heals:
-            _warn(run, now)
-        else:
-            found = found or now
+        if isinstance(judged, Alarm) and judged.detector == "D6" and run.healer.warms_up(judged.step):
+            judged = None
+        if isinstance(judged, Alarm) and not guard.heals:
+            _warn(run, judged)
+            judged = None
+        found = found or (now if isinstance(now, Stop) else None) or judged
     return found
 
 
 def _refused(
     run: Run, slots: Slots, loss: float, grad_norm: float, verdict: int, *, permitted: bool
-) -> Stop | None:
-    """Tells of an update that was refused, or should have been; finds the samples that are to blame."""
+) -> Stop | Literal["explained"] | None:
+    """Tells of an update that was refused, or should have been; finds the samples that are to blame.
+    Explained: their data are broken, so this says nothing of the run's health.
+    """
     guard = run.parts.guard
     why = _why_refused(run, loss, grad_norm, verdict)
     kind = "would_skip" if permitted else "skipped"
     run.told.event(kind, step=slots.step, reason=why, loss=loss, grad_norm=grad_norm)
-    if not guard.heals or verdict == FINE or (verdict == NOT_FINITE and "fp16" in why):
+    if not run.blames or not guard.heals or verdict == FINE or (verdict == NOT_FINITE and "fp16" in why):
         return None
-    ids = run.healer.blame(slots.step)
-    if not ids:
+    blamed = run.healer.blame(slots.step)
+    if not blamed.ids:
         return None
-    stop = run.healer.quarantine(slots, ids, lag=run.readings.lag)
-    if stop is None:
-        number = len(guard.history.interventions)
-        run.told.event("quarantined", step=slots.step, ids=list(ids), reason=why, interventions=number)
-    return stop
+    done = run.healer.quarantine(slots, blamed, lag=run.readings.lag)
+    if isinstance(done, Stop):
+        return done
+    if done:
+        number, ids = guard.history.num_decided, list(blamed.ids)
+        run.told.event("quarantined", step=slots.step, ids=ids, reason=why, interventions=number)
+    return "explained" if done and blamed.broken_data else None
 
 
 def _warn(run: Run, alarm: Alarm) -> None:

@@ -95,7 +95,7 @@ def train_step(parts: Parts, batch: Minibatch, multiplier: float) -> Attempt:
     loss_scale = None
     if scale is not None:
         loss_scale = scale.scale
-        scale.adjust(permitted)
+        scale.adjust(torch.isfinite(loss) & torch.isfinite(grad_norm))
     return Attempt(loss, grad_norm, ratio, applied, verdict, clip, loss_scale, num_micro)
 
 

@@ -173,8 +173,16 @@ def leave_out(batch: Minibatch, out: NDArray[np.bool_]) -> Minibatch:
     rows = np.where(ids == HOLE, stay[0] if len(stay) else 0, np.arange(len(ids)))
     device = next((leaf.device for leaf in leaves(batch.data) if isinstance(leaf, Tensor)), None)
     weights = torch.from_numpy((ids != HOLE).astype(np.float32)).to(device)
-    slots = replace(slots, ids=ids, num_samples=len(stay))
-    return Minibatch(slots, take_rows(batch.data, rows, len(ids)), weights, len(ids))
+    data = take_rows(batch.data, rows, len(ids))
+    if not len(stay):
+        data = map_leaves(_finite, data)
+    return Minibatch(replace(slots, ids=ids, num_samples=len(stay)), data, weights, len(ids))
+
+
+def _finite(leaf: Any) -> Any:
+    """Zeros for what is not finite."""
+    floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return torch.nan_to_num(leaf, nan=0.0, posinf=0.0, neginf=0.0) if floating else leaf
 
 
 class _Fetches(TorchDataset[Tree]):

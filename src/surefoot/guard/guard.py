@@ -241,5 +241,5 @@ class Watch:
         self._set_bounds()
         self.reviewed = Review()
         self.reviewed.load_state_dict(state.get("review", {}))
-        self.history = History.from_json(state.get("history", []))
+        self.history = History.from_json(state.get("history", {}))
         self.pending = Alarm(*state["pending"]) if state.get("pending") else None

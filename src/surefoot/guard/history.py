@@ -35,15 +35,18 @@ class Intervention(NamedTuple):
 
 
 class History:
-    """The interventions of a run, in order."""
+    """The interventions of a run, in order. num_decided: how many there ever were, forgotten ones too."""
 
-    def __init__(self, interventions: tuple[Intervention, ...] = ()) -> None:
+    def __init__(
+        self, interventions: tuple[Intervention, ...] = (), num_decided: int | None = None
+    ) -> None:
         self.interventions = interventions
+        self.num_decided = len(interventions) if num_decided is None else num_decided
         self._spans = self._quarantines()
 
     def with_(self, *more: Intervention) -> History:
         """With more of them."""
-        return History((*self.interventions, *more))
+        return History((*self.interventions, *more), self.num_decided + len(more))
 
     def count(self, kind: Kind, *, since: int = 0) -> int:
         """How many of a kind were decided in step `since` or later."""
@@ -103,19 +106,20 @@ class History:
         """
         kept = [i for i in self.interventions if i.kind != "quarantine" or i.at < forget]
         moved = [i._replace(begins=min(i.begins, step)) if i.kind == "quarantine" else i for i in kept]
-        return History((*moved, Intervention("rollback", step, at)))
+        return History((*moved, Intervention("rollback", step, at)), self.num_decided + 1)
 
     def found_since(self, step: int) -> tuple[int, ...]:
         """Samples that were left out by decisions in `step` or later."""
         found = {x for i in self.interventions if i.kind == "quarantine" and i.at >= step for x in i.ids}
         return tuple(sorted(found))
 
-    def to_json(self) -> list[list[Any]]:
-        """As lists."""
-        return [[*i[:4], list(i.ids)] for i in self.interventions]
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads."""
+        return {"decided": self.num_decided, "list": [[*i[:4], list(i.ids)] for i in self.interventions]}
 
     @staticmethod
-    def from_json(rows: list[list[Any]]) -> History:
-        """What `to_json` gave."""
+    def from_json(kept: dict[str, Any]) -> History:
+        """What `to_json` gave; an empty one is that of a run of an earlier version."""
+        rows = kept.get("list", [])
         found = ((kind, begins, at, value, tuple(ids)) for kind, begins, at, value, ids in rows)
-        return History(tuple(Intervention(*one) for one in found))
+        return History(tuple(Intervention(*one) for one in found), kept.get("decided"))

@@ -208,10 +208,13 @@ def test_an_interrupted_run_heals_alike(tmp_path, undisturbed, stops):
 
 def test_a_run_that_is_copied_in_the_middle_of_it_heals_alike(tmp_path, undisturbed):
     """As a kill leaves it: the directory as it is at that instant."""
-    copies = []
-    for outcome in sf.steps(jump(), out=tmp_path / "run", operations=OFTEN):
+    copies: list = []
+    in_flight = shutil.ignore_patterns(".tmp-*", ".trash-*", "BALLAST")
+    all_stay = Operations(checkpoint={"every": 37, "keep_last": 100}, progress="off")
+    for outcome in sf.steps(jump(), out=tmp_path / "run", operations=all_stay):
         if outcome.step in (505, 508) or (outcome.step in (401, 480) and len(copies) > 1):
-            copies.append(shutil.copytree(tmp_path / "run", tmp_path / f"copy{len(copies)}"))
+            copy = tmp_path / f"copy{len(copies)}"
+            copies.append(shutil.copytree(tmp_path / "run", copy, ignore=in_flight))
     assert len(copies) > 3
     for copy in copies:
         done = sf.fit(jump(), out=copy, operations=OFTEN)

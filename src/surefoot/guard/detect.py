@@ -55,11 +55,12 @@ class Decision(NamedTuple):
 class _Bounds(NamedTuple):
     wild: float
     ratio: float
+    wild_loss: float
     rise: float
 
 
-_USUAL = _Bounds(wild=6.0, ratio=math.log(10.0), rise=3.0)
-_EARLY = _Bounds(wild=12.0, ratio=math.log(30.0), rise=10.0)
+_USUAL = _Bounds(wild=6.0, ratio=math.log(10.0), wild_loss=12.0, rise=3.0)
+_EARLY = _Bounds(wild=12.0, ratio=math.log(30.0), wild_loss=12.0, rise=30.0)
 
 
 def judge(xp: Any, seen: Statistics | None, loss: Scalar, norm: Scalar, *, early: bool = False) -> Decision:
@@ -68,9 +69,9 @@ def judge(xp: Any, seen: Statistics | None, loss: Scalar, norm: Scalar, *, early
     seen: statistics of the steps before; None for the first, when only finiteness is asked for.
     early: within the burn-in, when only what is out of all proportion is refused, and nothing shortened.
 
-    A gradient spike is more than 6 deviations and 10 times above what is usual; a loss spike more than 6
-    deviations, the first loss and 3 times the mean above the mean. A gradient more than 3 deviations and
-    twice above what is usual is shortened to 2 deviations above it.
+    A gradient spike is more than 6 deviations and 10 times above what is usual; a loss spike more than 12
+    deviations (small batches have long tails), the first loss and 3 times the mean above the mean. A
+    gradient more than 3 deviations and twice above what is usual is shortened to 2 deviations above it.
     """
     finite = xp.isfinite(loss) & xp.isfinite(norm)
     one = xp.ones_like(loss)
@@ -80,7 +81,7 @@ def judge(xp: Any, seen: Statistics | None, loss: Scalar, norm: Scalar, *, early
     above, rise = _log(xp, norm) - seen.mean[0], loss - seen.mean[1]
     norm_deviation, loss_deviation = _deviations(xp, seen)
     spike = (above > bounds.wild * norm_deviation) & (above > bounds.ratio)
-    jump = (rise > bounds.wild * loss_deviation) & (rise > bounds.rise * abs(seen.mean[1]))
+    jump = (rise > bounds.wild_loss * loss_deviation) & (rise > bounds.rise * abs(seen.mean[1]))
     jump = jump & (rise > abs(seen.first))
     verdict = xp.where(spike, one * GRADIENT_SPIKE, xp.where(jump, one * LOSS_SPIKE, one * FINE))
     verdict = xp.where(finite, verdict, one * NOT_FINITE)

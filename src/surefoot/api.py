@@ -15,6 +15,7 @@ from surefoot.measure.digest import digest
 from surefoot.operations import Operations
 from surefoot.recipe import Recipe
 from surefoot.record.folder import RunFolder
+from surefoot.run import RunView
 from surefoot.train import steps as train_steps
 from surefoot.types import Outcome
 
@@ -27,7 +28,7 @@ class Result:
     """How a run stands after `fit`.
 
     status: ``finished``, ``stopped_early``, ``preempted``, ``budget`` or ``diverged``. reason: what asked
-    for the stop, if anything did. step: attempted updates.
+    for the stop, if anything did, or why it diverged. step: attempted updates.
     metrics: of the last validation. model: with the weights after that step. digest: SHA-256 of them.
     ledger: head of the chain over all applied sample ids. interventions: refused updates and rollbacks.
     """
@@ -92,8 +93,12 @@ def run_steps(built: Build) -> Iterator[Outcome]:
 def result(built: Build) -> Result:
     """How it stands."""
     state = built.state
+    status = built.ended if built.run is None else built.run.status
+    reason = "" if built.run is None else built.run.stop.reason or built.run.stop.budget
+    if status == "diverged":
+        reason = str(RunView(built.folder.path).summary()["reason"] or "")
     return Result(
-        status=built.ended if built.run is None else built.run.status,
+        status=status,
         step=state.step,
         metrics=dict(state.metrics),
         model=state.model,
@@ -101,5 +106,5 @@ def result(built: Build) -> Result:
         digest=digest(state.model),
         ledger=state.ledger.value,
         interventions=state.num_refused + state.guard.history.count("rollback"),
-        reason="" if built.run is None else built.run.stop.reason or built.run.stop.budget,
+        reason=reason,
     )

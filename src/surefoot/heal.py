@@ -220,7 +220,8 @@ class Healer:
                 again_bad = Stop("no update is applied any more", "")
             if again_bad is None and not compare:
                 return found(_CAUSES[remedies[0].kind], name, *remedies)
-            tried.append(name if again_bad is None else f"{name} ({again_bad.reason})")
+            reason = alarm.reason if again_bad is None else again_bad.reason
+            tried.append(name if reason == alarm.reason else f"{name} ({reason})")
             if again_bad is None and (not slow or self._learns_better(losses, untreated)):
                 loss = statistics.median(losses)
                 best = min(best or (math.inf, "", []), (loss, name, remedies), key=lambda b: b[0])

@@ -49,6 +49,10 @@ def run(summary: Mapping[str, Any], identity: Mapping[str, Any]) -> RenderableTy
     for name, value in summary["metrics"].items():
         table.add_row(name if name == "train_loss" else f"val {name}", f"{value:.6g}")
     table.add_row("interventions", str(summary["interventions"]))
+    if summary["quarantined"]:
+        left_out = summary["quarantined"]
+        more = f" and {len(left_out) - 10} more" if len(left_out) > 10 else ""
+        table.add_row("samples left out", ", ".join(map(str, left_out[:10])) + more)
     table.add_row("attempts", str(summary["attempts"]))
     table.add_row("training time", f"{summary['train_s']:.1f} s")
     if summary["cost"]:

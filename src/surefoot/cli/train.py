@@ -84,7 +84,7 @@ def _verdict(done: Result, seconds: float | None, out: Console, command: str) ->
         "finished": f"finished: {done.step:,} updates{took}",
         "stopped_early": f"stopped early: no improvement, after {done.step:,} updates{took}",
         "preempted": f"interrupted after {done.step:,} updates; run the same command to continue",
-        "diverged": f"diverged: {done.reason}\nThe weights are those after {done.step:,} updates.",
+        "diverged": f"diverged after {done.step:,} updates: {done.reason}",
         "budget": f"stopped after {done.step:,} updates: {done.reason}; raise it and run the same command "
         "again to continue",
     }

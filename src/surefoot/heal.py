@@ -36,21 +36,20 @@ from surefoot.types import Minibatch, Slots
 
 EVERY = 200
 """Steps between states that a run can go back to."""
-_HEALTHY = 100
-_PASS_BY = 60
-"""Steps beyond the alarm that a replay with a remedy must take."""
-_AGAIN = 300
-_BEAR = 100
-_COMPARED = 200
-_CANARY = 10
-_SIT_OUT = (100, 400)
-_CUTS = 6
-_LAST = 50
-_WINDOW = 10_000
 REMEMBERED = 2048
-_IN_MEMORY = 3
-_MEMORY_SHARE = 0.1
-_FEW = 8
+"""Rows that a replay is compared with."""
+_HEALTHY = 100  # steps before the onset of an alarm that a state must lie back
+_PASS_BY = 60  # steps beyond the alarm that a replay with a remedy must take
+_COMPARED = 200  # steps that remedies are compared over if the run begins anew
+_AGAIN = 300  # an alarm so soon after a rollback goes back further
+_WINDOW = 10_000  # steps that the budget of rollbacks is for
+_BEAR = 100  # steps that an alarm is put off for at first
+_CANARY = 10  # batches that tell whether the weights are sound
+_SIT_OUT = (100, 400)  # updates
+_CUTS = 6  # powers of the factor by which the rate is cut
+_LAST = 50  # losses that remedies are compared by
+_IN_MEMORY, _MEMORY_SHARE = 3, 0.1  # states, and the share of free memory that they may take
+_FEW = 8  # samples that may always be left out
 _RATE_JUMP = 2.0
 
 
@@ -86,9 +85,9 @@ class Replay(Protocol):
 class Healer:
     """Goes back, and looks for what helps.
 
-    replay: takes updates up to a step without leaving a trace; returns the first alarm, or None. initial:
-    makes the state before the first update anew. doubts: what looked wrong before the first step. memory:
-    states by step.
+    initial: makes the state before the first update anew. doubts: what looked so wrong before the first
+    step that a run which does not learn ends. own_from: the step at which this process began: rows from
+    before may differ by rounding. memory: states by step.
     """
 
     parts: Parts

@@ -8,9 +8,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from surefoot.guard.detect import BLOCK, FINE, NOT_FINITE, SAT_OUT
+from surefoot.guard.detect import BLOCK, BURN_IN, FINE, NOT_FINITE, SAT_OUT
 
-BURN_IN = 64
 _LEVEL_KEEPS = 0.9
 _SPREAD_KEEPS = 0.98
 _LEVEL_STEPS = 20
@@ -21,7 +20,9 @@ _COLLAPSE_BLOCKS, _COME_DOWN = 6, 0.1
 _COLLAPSE_STEPS = _COLLAPSE_BLOCKS * BLOCK
 
 Detector = str
-"""``D3`` level divergence, ``D4`` skip rate, ``D5`` hard streak, ``D6`` collapse."""
+"""``D0`` state not finite (raised by `heal`), ``D3`` level divergence, ``D4`` skip rate, ``D5`` hard
+streak, ``D6`` collapse.
+"""
 
 
 class Alarm(NamedTuple):
@@ -61,7 +62,8 @@ class Review:
 
         Args:
             verdict: `FINE`, or why the update was refused.
-            expected: it was refused because fp16 is looking for its loss scale.
+            expected: it was refused because fp16 is looking for its loss scale, or for a sample whose data
+                are not finite and which is left out from now on.
             bears: neither a high level nor refused updates are an alarm now.
         """
         self.age += 1

@@ -179,3 +179,26 @@ def test_steps_is_the_same_loop(fit, tmp_path):
     log = sf.open_run(done.run_dir).log()
     assert outcomes == list(zip(log["step"], log["loss"], log["permitted"], strict=True))
     assert sf.open_run(tmp_path / "by hand").summary()["digest"] == done.digest
+
+
+def test_hooks_on_the_optimizer_are_called(fit):
+    """Its step is called without torch's mark for a profiler only where nobody listens to it."""
+    seen = []
+
+    def hooked(groups):
+        optimizer = torch.optim.SGD(groups, lr=0.1)
+        optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+        optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+        return optimizer
+
+    done = fit(optimizer=hooked, until=3)
+    assert seen == ["before", "after"] * 3
+    assert done.digest == fit(optimizer=sf.SGD(lr=0.1), until=3).digest
+
+
+def test_a_profiler_sees_the_optimizers_step(tmp_path):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in sf.steps(recipe(until=3), out=tmp_path / "run"):
+            pass
+    marks = [e.name for e in profile.events() if e.name.startswith("Optimizer.step")]
+    assert len(marks) == 3

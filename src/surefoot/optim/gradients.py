@@ -20,10 +20,6 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     return norm
 
 
-_SURELY_WITHIN = 1 - 1e-5
-"""Beyond any rounding of the division, in single precision too."""
-
-
 @dataclass(frozen=True, slots=True)
 class ClipNorm:
     """Scales all gradients so that their global 2-norm is at most `max_norm` (Pascanu et al. 2013);
@@ -39,9 +35,11 @@ class ClipNorm:
 
     def __call__(self, grads: Sequence[Tensor], norm: Tensor) -> Tensor:
         """Clips `grads` in place; returns the norm after it."""
-        if norm.device.type == "cpu" and norm.item() + 1e-6 < self.max_norm * _SURELY_WITHIN:
-            return norm  # the factor below would be 1
-        factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        factor = self.max_norm / (norm + 1e-6)
+        if norm.device.type != "cpu":
+            factor = factor.clamp(max=1.0)
+        elif factor.item() >= 1.0:
+            return norm
         torch._foreach_mul_(list(grads), factor)
         return norm * factor
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from surefoot.optim.gradients import global_norm
 
@@ -51,6 +53,7 @@ class Updater:
         half = any(p.dtype == torch.float16 for p in self.params)  # in which 1e-8 is zero
         self._well_known = type(optimizer) in _WELL_KNOWN and not half
         self._well_known &= all(g.get("eps") != 0 and abs(g.get("momentum") or 0.0) < 1 for g in groups)
+        self._unmarked_step = _unmarked_step(optimizer)
         if self._asks_device:
             self._create_momentum()
 
@@ -96,7 +99,10 @@ class Updater:
             before.take(self.params)
         if self._asks_device:
             self.optimizer.found_inf = (~permitted).float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        if self._unmarked_step is None or torch._C._autograd._profiler_enabled():
+            self.optimizer.step()
+        else:
+            self._unmarked_step(self.optimizer)
         if not measured and undo is None:
             return self._unmeasured, permitted
         change.take(self.params)
@@ -125,6 +131,22 @@ class Updater:
     def finite(self) -> bool:
         """Whether all weights are."""
         return bool(torch.isfinite(global_norm(self.params)).item())
+
+
+def _unmarked_step(optimizer: Optimizer) -> Callable[[Optimizer], Any] | None:
+    """The step of one of torch's own optimizers that nobody hooked into, without the mark that torch makes
+    for its profiler: 5 % of the step of a small network.
+    """
+    hooked = (
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    )
+    marked = type(optimizer).step
+    if type(optimizer) not in _WELL_KNOWN or hooked or "step" in vars(optimizer):
+        return None
+    return getattr(marked, "__wrapped__", None) if getattr(marked, "hooked", False) else None
 
 
 class _Undo:

@@ -17,11 +17,13 @@ LEVELS = [
     {"train_step"},
     {"keep", "stopping", "blame"},
     {"heal"},
+    {"course"},
     {"train"},
     {"recipe", "operations", "identity", "environment", "model"},
     {"mending"},
     {"resume", "run"},
-    {"build"},
+    {"prepare"},
+    {"build", "replays"},
     {"export", "tune", "federated", "launch", "fleet"},
     {"api"},
     {"cli", "web"},
@@ -32,13 +34,17 @@ READERS = {"export", "fleet"}
 READ_BY_READERS = {"record", "errors", "types"}
 OPTIONAL = {"pyarrow", "tensorboard", "mlflow", "wandb", "optuna", "ray", "flwr", "opacus"}
 LONGER_FOR_A_REASON = {
-    "build.py": "everything that joins a recipe with operations",
+    "prepare.py": "everything that joins a recipe with operations",
+    "export/explain.py": "one function per thing that is remarked on",
     "heal.py": "one story: going back, and what is tried",
     "cli/main.py": "one function per command, mostly signatures",
     "operations.py": "every key with its default and meaning",
     "optim/schedules.py": "one small class per schedule",
+    "record/incidents.py": "one small function per kind of event",
     "record/rows.py": "one format: blocks, ring, and checking both",
-    "train.py": "the loop",
+    "course.py": "updates, and what follows from each",
+    "replays.py": "one story: a step taken again, compared, and looked into",
+    "train.py": "the loop, and every way out of it",
     "train_step.py": "one update, whole",
 }
 

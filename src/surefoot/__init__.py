@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         RMSprop,
     )
     from surefoot.recipe import Batch, Recipe, Validation
+    from surefoot.replays import Replayed, replay_step
     from surefoot.run import RunView, open_run
     from surefoot.types import Outcome
 
@@ -69,6 +70,7 @@ _HOMES = {
     "restarts step warmup",
     "optim.specs": "SGD Adadelta Adafactor Adagrad Adam AdamW NAdamW RMSprop",
     "recipe": "Batch Recipe Validation",
+    "replays": "Replayed replay_step",
     "run": "RunView open_run",
     "types": "Outcome",
 }

@@ -131,7 +131,7 @@ class Healer:
     def _go_back(self, step: int, history: History, replay: Replay) -> None:
         """Puts the run into the state after `step` updates; `history` holds from there on."""
         elapsed_s, now = self.state.elapsed_s, self.parts.guard.history
-        self.state.restore(self._nearest(step, now))
+        self.state.restore(self.nearest(step, now))
         self.parts.guard.history = now
         replay(step, known=True)
         if self.state.step != step:
@@ -140,7 +140,7 @@ class Healer:
         if self._fits is not False and step not in self.memory:  # it is needed for each remedy
             self.memory[step] = self.state.snapshot().copy()
 
-    def _nearest(self, step: int, history: History) -> Snapshot:
+    def nearest(self, step: int, history: History) -> Snapshot:
         """The newest state at or before `step` on the way that the run has come."""
         at = max((s for s in self.memory if s <= step), default=-1)
         if at == step:

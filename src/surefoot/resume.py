@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from surefoot.checkpoint.kept import Checkpoint, list_checkpoints
@@ -20,6 +21,10 @@ from surefoot.record.recorder import Recorder
 from surefoot.record.rows import read_log
 from surefoot.state import RunState
 
+_OTHERWISE = (
+    "Give another --out; or take the change back to continue; or add --fresh, which moves the old "
+    "run aside."
+)
 TERMINAL = ("finished", "stopped_early", "diverged")
 """Statuses after which a run does not go on."""
 
@@ -70,7 +75,7 @@ def begin_or_continue(
             record.event("started", step=0, run=run, environment=identity["environment"])
             return Opened(store(run, 1), record)
         before, mended = identity_of(folder, identity, recipe)
-        _same_run(before, identity, folder)
+        same_run(before, identity, folder.path)
         events, _ = read_events(folder.events_file)
         attempt = 1 + max([e["attempt"] for e in events] + _fences(folder), default=0)
         mended += put_away_log(folder)
@@ -205,7 +210,12 @@ def _tell(
         opened.notes.append(f"the environment changed ({what}): equal to rounding, not to the bit")
 
 
-def _same_run(before: dict[str, Any], now: dict[str, Any], folder: RunFolder) -> None:
+def same_run(before: dict[str, Any], now: dict[str, Any], path: Path, *, fix: str = _OTHERWISE) -> None:
+    """Whether two identities are of one run.
+
+    Raises:
+        RunDirectoryError: they are not; it shows where they differ.
+    """
     lines = differences(*(d["origin"].get("options", {}) for d in (before, now)))
     if before["environment"]["torch"] != now["environment"]["torch"]:  # may draw other first weights
         now["recipe"]["model"]["initial"] = before["recipe"]["model"].get("initial")
@@ -213,8 +223,7 @@ def _same_run(before: dict[str, Any], now: dict[str, Any], folder: RunFolder) ->
         lines += differences(before[part], now[part], part)
     if lines:
         raise RunDirectoryError(
-            f"{folder.path} holds a run of another recipe:\n    " + "\n    ".join(lines),
+            f"{path} holds a run of another recipe:\n    " + "\n    ".join(lines),
             why="Going on with another recipe would be neither run.",
-            fix="Give another --out; or take the change back to continue; or add --fresh, which "
-            "moves the old run aside.",
+            fix=fix,
         )

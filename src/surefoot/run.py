@@ -145,6 +145,11 @@ class RunView:
             "lr": float(log["lr"][-1]) if step else None,
         }
 
+    def history(self) -> History:
+        """What the guard has done, as of the newest checkpoint."""
+        kept = self.checkpoints()
+        return _history(_facts(kept[-1]) if kept else {})
+
     def verify(self) -> list[Finding]:
         """Checks every byte of every checkpoint, the ledger, the log and the events.
 

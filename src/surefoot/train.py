@@ -1,108 +1,64 @@
 """The loop: from the first step that is not done yet to the end of the run.
 
-Read this first, then `train_step`. A batch comes from the feed, `train_step` attempts an update, its row
-goes to the record, and every so often the model is validated and the state kept.
+Read this first, then `course`, then `train_step`. A batch comes from the feed, an update is attempted, its
+row goes to the record, and every so often the model is validated and the state kept.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import random
 import threading
 import time
-import traceback
-from collections.abc import Generator, Iterator, MutableSequence, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 
-from surefoot.data.feed import Feed, leave_out
-from surefoot.data.plan import Cadence
-from surefoot.errors import RecipeError, StateError, SurefootError, failure_class
-from surefoot.guard.detect import FINE, GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE, SAT_OUT
+from surefoot.course import (
+    Course,
+    Label,
+    callers_generators,
+    first_failure,
+    look_at_layers,
+    replay,
+    run_validation,
+    settle,
+    update,
+    validation_due,
+)
+from surefoot.errors import StateError, SurefootError, failure_class
 from surefoot.guard.guard import Stop
 from surefoot.guard.hang import HangWatch
 from surefoot.guard.review import Alarm
-from surefoot.heal import EVERY, Healer, Row, StopAskedError
+from surefoot.heal import EVERY, Row, StopAskedError
 from surefoot.keep import Keeper
-from surefoot.measure.evaluate import Evaluation
-from surefoot.measure.readings import Readings
-from surefoot.optim.precision import LossScale
-from surefoot.optim.schedules import Resolved
 from surefoot.record.recorder import Recorder
-from surefoot.state import RunState
 from surefoot.stopping import Budget, NoLongerWaiting, StopRequest, signals_ask
-from surefoot.train_step import Attempt, Parts, train_step
-from surefoot.types import Minibatch, Outcome, Slots
+from surefoot.types import Minibatch, Outcome
 
-_WARN_EVERY = 1000
 _LEAVE_S = 10.0
 """How long a process that has lost the run waits for its writer to notice."""
 
 
-class Silence:
-    """A record that keeps nothing: of updates that are taken again."""
-
-    attempt = 0
-
-    def row(self, values: Sequence[int | float]) -> None:
-        """Forgotten."""
-
-    def event(self, kind: str, **facts: Any) -> None:
-        """Forgotten."""
-
-
-@dataclass
-class Run:
+@dataclass(kw_only=True)
+class Run(Course):
     """A run, ready to go on: what `build` joins from a recipe and operations.
 
-    total: updates in the whole run. validate: when, besides at its end. fresh: nothing of it was kept
-    before. price_per_s: of a second of this machine, or 0. hang_after_s: without a step or a batch of
-    validation, after which the threads' stacks are written down. threads_before: of this process, for
-    torch's kernels, to be put back.
+    fresh: nothing of it was kept before. hang_after_s: without a step or a batch of validation, after
+    which the threads' stacks are written down. threads_before: of this process, for torch's kernels, to be
+    put back.
     """
 
-    parts: Parts
-    state: RunState
-    feed: Feed
-    schedule: Resolved
-    total: int
     keeper: Keeper
-    healer: Healer
     record: Recorder
-    told: Recorder | Silence
-    evaluation: Evaluation | None
-    validate: Cadence | None
     budget: Budget
-    price_per_s: float
     hang_after_s: float
-    early_stopping_metric: str
     threads_before: int
     fresh: bool
-    readings: Readings[_Label]
-    rows: MutableSequence[Row]
-    stop: StopRequest = field(default_factory=StopRequest)
     status: str = "running"
-    blames: bool = True
-    warned: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Label:
-    """What the host knows of a row before its numbers arrive."""
-
-    slots: Slots
-    samples: int
-    lr: float
-    num_micro: int
-    data_wait_s: float
-    step_s: float
-    wall_s: float
 
 
 def steps(run: Run) -> Generator[Outcome, None, None]:
@@ -112,9 +68,8 @@ def steps(run: Run) -> Generator[Outcome, None, None]:
     iterating, keeps the state; an error leaves the last checkpoint as it is.
     """
     run.stop.grace_s, run.stop.give_up = run.keeper.deadline_s, lambda: _give_up(run)
-    generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        with signals_ask(run.stop), _watched(run):
+        with callers_generators(), signals_ask(run.stop), _watched(run):
             run.status = yield from _attempt(run)
             _end(run)
     except GeneratorExit:
@@ -133,22 +88,7 @@ def steps(run: Run) -> Generator[Outcome, None, None]:
         _fail(run, error)
         raise
     finally:  # the process is the caller's
-        random.setstate(generators[0])
-        np.random.set_state(generators[1])
-        torch.set_rng_state(generators[2])
         torch.set_num_threads(run.threads_before)
-
-
-def first_failure(what: str, error: Exception) -> RecipeError:
-    """What goes wrong when model, objective and data first meet is nearly always one of them."""
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [f for f in frames if not {"surefoot", "torch"} & set(Path(f.filename).parts)]
-    where = [f"{f.filename}:{f.lineno} in {f.name}: {f.line}" for f in theirs[-3:]]
-    return RecipeError(
-        f"the {what} failed: {type(error).__name__}: {error}",
-        why="\n       ".join(where),
-        fix="Try it on two samples by hand: objective(model, data.fetch(numpy.arange(2))).",
-    )
 
 
 def _attempt(run: Run) -> Generator[Outcome, None, str]:
@@ -159,7 +99,7 @@ def _attempt(run: Run) -> Generator[Outcome, None, str]:
             status = _heal(run, guard.pending)
             if status:
                 return status
-        if _validation_due(run) and _validate(run) is None:
+        if validation_due(run) and run_validation(run) is None:
             return "preempted"
         with closing(run.feed.batches(run.state.step, run.total)) as batches:  # else workers outlive errors
             status = yield from _updates(run, batches)
@@ -190,23 +130,23 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
                 return "preempted"
             raise
         data_wait_s = time.perf_counter() - asked
-        batch, multiplier, attempt = _update(run, batch)
+        batch, multiplier, attempt = update(run, batch)
         slots = batch.slots
 
         now = time.perf_counter()
         state.elapsed_s += now - boundary
         lr = parts.base_lr[0] * multiplier
-        label = _Label(
+        label = Label(
             slots, state.samples, lr, attempt.num_micro, data_wait_s, now - boundary, now - row_before
         )  # fmt: skip
         boundary = row_before = now
-        verdict = _settle(run, label, attempt)
+        verdict = settle(run, label, attempt)
         outcome = Outcome(
             slots.step, slots.epoch, state.samples, lr, attempt.loss, attempt.grad_norm,
             attempt.update_ratio, attempt.permitted, parts.model, batch,
         )  # fmt: skip
         if isinstance(verdict, Alarm):
-            _settle(run, None, None)
+            settle(run, None, None)
             parts.guard.pending = verdict
             yield outcome
             return ""
@@ -216,14 +156,16 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
             return "diverged"
         if state.step >= next_validation or state.step == run.total:
             next_validation = run.validate.after(state.step) if run.validate else run.total + 1
-            outcome = replace(outcome, metrics=_validate(run))
+            outcome = replace(outcome, metrics=run_validation(run))
             boundary = time.perf_counter()
         yield outcome
-        if _validation_due(run):
+        if validation_due(run):
             return "preempted"  # a stop was asked for while validating
-        if state.step % EVERY == 0 and parts.guard.heals:
-            _settle(run, None, None)
-            parts.guard.pending = run.healer.remember()
+        if state.step % EVERY == 0 and parts.guard.on:
+            look_at_layers(run)
+            if parts.guard.heals:
+                settle(run, None, None)
+                parts.guard.pending = run.healer.remember()
             boundary = time.perf_counter()
         keeper.look()
         if keeper.poisoned and parts.guard.heals:
@@ -236,24 +178,10 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
             record.event("diverged", step=state.step, reason=reason)
             return "diverged"
         if keeper.due():
-            _settle(run, None, None)
+            settle(run, None, None)
             keeper.keep()
             boundary = time.perf_counter()
     return "stopped_early" if state.stopped_early else "finished"
-
-
-def _update(run: Run, batch: Minibatch) -> tuple[Minibatch, float, Attempt]:
-    """One update: the batch without what is in quarantine, the schedule's multiplier, what came of it."""
-    state, history = run.state, run.parts.guard.history
-    multiplier = run.schedule(state.step, cuts=state.lr_cuts)
-    if history.interventions:
-        multiplier = history.multiplier(state.step, multiplier)
-        holes = history.holes(state.step, batch.slots.ids)
-        batch = batch if holes is None else leave_out(batch, holes)
-    attempt = train_step(run.parts, batch, multiplier)
-    state.step += 1
-    state.samples += batch.slots.num_samples
-    return batch, multiplier, attempt
 
 
 def _heal(run: Run, alarm: Alarm) -> str:
@@ -262,11 +190,11 @@ def _heal(run: Run, alarm: Alarm) -> str:
     run.keeper.settle()
     whole = run.state.snapshot().copy()
 
-    def replay(until: int, rows: list[Row] | None = None, *, known: bool = False) -> Alarm | Stop | None:
-        return _replay(run, until, [] if rows is None else rows, known=known)
+    def again(until: int, rows: list[Row] | None = None, *, known: bool = False) -> Alarm | Stop | None:
+        return replay(run, until, [] if rows is None else rows, known=known)
 
     try:
-        done = run.healer.heal(alarm, replay)
+        done = run.healer.heal(alarm, again)
     except StopAskedError:
         run.state.restore(whole)  # with the alarm still pending
         return "preempted"
@@ -287,154 +215,12 @@ def _heal(run: Run, alarm: Alarm) -> str:
     return ""
 
 
-def _replay(run: Run, until: int, rows: list[Row], *, known: bool) -> Alarm | Stop | None:
-    """Takes updates up to a step, leaving no trace beside the state; see `heal.Replay`."""
-    readings: Readings[_Label] = Readings(run.parts.device)
-    quiet = replace(run, told=Silence(), readings=readings, rows=rows, blames=not known)
-    state = run.state
-    while state.step < until and not state.stopped_early:
-        if run.stop():
-            raise StopAskedError
-        batch, _, attempt = _update(quiet, run.feed.at(state.step))
-        label = _Label(batch.slots, state.samples, 0.0, attempt.num_micro, 0.0, 0.0, 0.0)
-        verdict = _settle(quiet, label, attempt)
-        if verdict is not None and not known:
-            return verdict
-        if isinstance(verdict, Alarm) and verdict.detector == "D6":
-            run.parts.guard.reviewed.told_slow = True
-        if _validation_due(quiet) and _validate(quiet) is None:
-            raise StopAskedError
-    verdict = _settle(quiet, None, None)
-    return None if known else verdict
-
-
 def _wait_for(batches: Iterator[Minibatch], stop: StopRequest) -> Minibatch:
     try:
         stop.waiting = True
         return next(batches)
     finally:
         stop.waiting = False
-
-
-def _settle(run: Run, label: _Label | None, attempt: Attempt | None) -> Alarm | Stop | None:
-    """Writes the rows whose numbers have arrived: with arguments those that are due, else all. The first
-    verdict of the guard's review, if it has one.
-    """
-    state, guard, found = run.state, run.parts.guard, None
-    if label is None or attempt is None:
-        arrived = run.readings.rest()
-    else:
-        numbers = (
-            attempt.loss, attempt.grad_norm, attempt.update_ratio, attempt.permitted, attempt.verdict,
-            attempt.clip,
-        )  # fmt: skip
-        scale = () if attempt.loss_scale is None else (attempt.loss_scale,)
-        arrived = run.readings.put(label, numbers + scale)
-    for row, (loss, grad_norm, ratio, permitted, verdict, clip, *loss_scale) in arrived:
-        slots, scale_used = row.slots, loss_scale[0] if loss_scale else 1.0
-        run.told.row((
-            slots.step, run.told.attempt, slots.epoch, row.samples, slots.num_samples,
-            row.num_micro, int(permitted), int(verdict), row.lr, loss, grad_norm, clip, ratio, scale_used,
-            row.data_wait_s, row.step_s, row.wall_s, row.wall_s * run.price_per_s, time.time(),
-        ))  # fmt: skip
-        run.rows.append(Row(slots.step, loss, grad_norm, bool(permitted)))
-        if permitted:
-            state.ledger.extend(slots.step, slots.ids)
-        elif verdict != SAT_OUT:
-            state.num_refused += 1
-        overflow = bool(loss_scale) and math.isfinite(loss) and scale_used > LossScale.LEAST
-        expected, now = overflow and verdict == NOT_FINITE, None
-        if verdict != SAT_OUT and (not permitted or verdict != FINE):
-            now = _refused(run, slots, loss, grad_norm, int(verdict), permitted=bool(permitted))
-        judged = guard.review(
-            step=slots.step, loss=loss, verdict=int(verdict), permitted=bool(permitted),
-            expected=expected or now == "explained",
-        )  # fmt: skip
-        if isinstance(judged, Alarm) and judged.detector == "D6" and run.healer.warms_up(judged.step):
-            judged = None
-        if isinstance(judged, Alarm) and not guard.heals:
-            _warn(run, judged)
-            judged = None
-        found = found or (now if isinstance(now, Stop) else None) or judged
-    return found
-
-
-def _refused(
-    run: Run, slots: Slots, loss: float, grad_norm: float, verdict: int, *, permitted: bool
-) -> Stop | Literal["explained"] | None:
-    """Tells of an update that was refused, or should have been; finds the samples that are to blame.
-    Explained: their data are broken, so this says nothing of the run's health.
-    """
-    guard = run.parts.guard
-    why = _why_refused(run, loss, grad_norm, verdict)
-    kind = "would_skip" if permitted else "skipped"
-    run.told.event(kind, step=slots.step, reason=why, loss=loss, grad_norm=grad_norm)
-    if not run.blames or not guard.heals or verdict == FINE or (verdict == NOT_FINITE and "fp16" in why):
-        return None
-    blamed = run.healer.blame(slots.step)
-    if not blamed.ids:
-        return None
-    done = run.healer.quarantine(slots, blamed, lag=run.readings.lag)
-    if isinstance(done, Stop):
-        return done
-    if done:
-        number, ids = guard.history.num_decided, list(blamed.ids)
-        run.told.event("quarantined", step=slots.step, ids=ids, reason=why, interventions=number)
-    return "explained" if done and blamed.broken_data else None
-
-
-def _warn(run: Run, alarm: Alarm) -> None:
-    """Tells of an alarm that is only watched, once per stretch."""
-    last = run.warned.get(alarm.detector, -_WARN_EVERY)
-    if alarm.step - last >= _WARN_EVERY:
-        run.warned[alarm.detector] = alarm.step
-        run.told.event("alarm", step=alarm.step, detector=alarm.detector, reason=alarm.reason)
-
-
-def _why_refused(run: Run, loss: float, grad_norm: float, verdict: int) -> str:
-    if verdict == GRADIENT_SPIKE:
-        return "gradient spike: far longer than usual"
-    if verdict == LOSS_SPIKE:
-        return "loss spike: far above what is usual"
-    if not math.isfinite(loss):
-        return "loss is not finite"
-    if math.isfinite(grad_norm):
-        return "the optimizer's update is not finite"
-    fp16 = run.parts.precision.scale is not None
-    return "fp16 overflow: loss scale halved" if fp16 else "gradient is not finite"
-
-
-def _validation_due(run: Run) -> bool:
-    """Whether the last attempt ended between an update and the validation that follows it."""
-    step = run.state.step
-    if run.evaluation is None or step == 0 or run.state.validated_at == step:
-        return False
-    return step == run.total or (run.validate is not None and run.validate.after(step - 1) == step)
-
-
-def _validate(run: Run) -> dict[str, float] | None:
-    """Evaluates the model; what follows from it for the rate and for stopping early goes into the
-    state. None if there is nothing to validate on, or if a stop was asked for meanwhile.
-    """
-    state = run.state
-    if run.evaluation is None:
-        return None
-    begun = time.perf_counter()
-    metrics = run.evaluation(run.parts.model, stop=run.stop)
-    if metrics is None:
-        return None
-    state.metrics, state.validated_at = metrics, state.step
-    seconds = round(time.perf_counter() - begun, 6)
-    run.told.event("validated", step=state.step, metrics=metrics, seconds=seconds)
-    if state.plateau is not None and run.schedule.plateau is not None:
-        begins, piece = run.schedule.plateau
-        if state.step >= begins and state.plateau.spent(metrics[piece.metric]):
-            state.lr_cuts += 1
-            run.told.event("rate_cut", step=state.step, metric=piece.metric, cuts=state.lr_cuts)
-    if state.early_stopping is not None:
-        spent = state.early_stopping.spent(metrics[run.early_stopping_metric])
-        state.stopped_early = spent and state.step < run.total
-    return metrics
 
 
 def _finite(run: Run) -> bool:
@@ -453,7 +239,7 @@ def _end(run: Run, **facts: Any) -> None:
         StateError: the disk does not take it.
     """
     state = run.state
-    _settle(run, None, None)
+    settle(run, None, None)
     kept = run.keeper.finish(hurry=run.status == "preempted")
     if run.status != "diverged" and not _finite(run):
         run.status = "diverged"

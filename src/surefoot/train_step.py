@@ -8,6 +8,7 @@ split has the same gradient.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -120,6 +121,17 @@ def probe(parts: Parts, batch: Minibatch) -> tuple[float, float]:
     norm = global_norm(grads).item()
     parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
     return loss.item(), norm
+
+
+def gradient_norms(parts: Parts, batch: Minibatch) -> list[float]:
+    """2-norm of the gradient of each of `parts.params` in a step with this batch, before clipping; NaN
+    where it has none. Nothing is changed.
+    """
+    parts.buffers.remember()
+    _gradients(parts, batch)
+    norms = [math.nan if p.grad is None else torch.linalg.vector_norm(p.grad).item() for p in parts.params]
+    parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
+    return norms
 
 
 def losses_of(parts: Parts, batch: Minibatch) -> Tensor:

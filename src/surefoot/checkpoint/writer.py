@@ -48,9 +48,9 @@ class _Staging:
 
     def reserve(self, snapshot: Snapshot) -> None:
         """Takes the memory for a copy of such a state."""
-        self._buffers = {
-            name: torch.zeros(t.shape, dtype=t.dtype).fill_(0) for name, t in snapshot.tensors()
-        }
+        self._buffers = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in snapshot.tensors()}
+        for buffer in self._buffers.values():  # touch each page; not by torch: see `snapshot`
+            buffer.reshape(-1).view(torch.uint8).numpy().fill(0)
 
     def forget(self) -> None:
         """Lets go of the memory."""

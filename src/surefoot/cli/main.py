@@ -273,6 +273,44 @@ def verify(path: RunPath, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def explain(path: RunPath, as_json: AsJson = False) -> None:
+    """Explain, from log and events alone, what happened, what it cost and what to do."""
+    with _errors():
+        from surefoot.cli.explain import explain_run, show
+
+        told = explain_run(open_run(path))
+        if as_json:
+            tables.print_json(told.to_json())
+        else:
+            show(told, out)
+
+
+@app.command()
+def replay(
+    path: RunPath,
+    step: Annotated[int, typer.Option("--step", min=0, help="Counted from 0.")],
+    file: Annotated[
+        Path | None, typer.Option("--recipe", help="The recipe file, if it is not where it was.")
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Option("--out", help="Also write all of it to this JSON file.")
+    ] = None,
+    as_json: AsJson = False,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any operations key.")
+    ] = None,
+) -> None:
+    """Take a step again: does it reproduce, bit for bit, and what was in it? Exit code 1 if it differs."""
+    with _errors():
+        from surefoot.cli.replay import replay_run
+
+        code = replay_run(
+            path, step, file, target, _pairs(sets or []), err if as_json else out, err, as_json
+        )
+    raise typer.Exit(code)
+
+
+@app.command()
 def report(
     paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
     target: Annotated[

@@ -75,6 +75,18 @@ class RecipeFile:
             if name not in known:
                 raise RecipeError(f"{self.path.name} has no option {name!r}.", fix=nearest(name, known))
             values[name] = _value(text, known[name].annotation)
+        return self.check(values)
+
+    def check(self, values: dict[str, Any]) -> dict[str, Any]:
+        """All options: these values, and defaults for the others.
+
+        Raises:
+            RecipeError: a key is unknown, or a value has the wrong type.
+        """
+        known = self._model.model_fields
+        for name in values:
+            if name not in known:
+                raise RecipeError(f"{self.path.name} has no option {name!r}.", fix=nearest(name, known))
         try:
             parsed = self._model(**values)
         except ValidationError as error:

@@ -23,14 +23,15 @@ _COLORS = {
 
 def print_json(value: Any) -> None:
     """Prints JSON; numbers that are not finite become null, as JSON has none."""
-    sys.stdout.write(json.dumps(_strict(value), indent=2) + "\n")
+    sys.stdout.write(json.dumps(strict(value), indent=2) + "\n")
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
+    """As JSON has it: no numbers that are not finite."""
     if isinstance(value, dict):
-        return {name: _strict(part) for name, part in value.items()}
+        return {name: strict(part) for name, part in value.items()}
     if isinstance(value, list):
-        return [_strict(part) for part in value]
+        return [strict(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

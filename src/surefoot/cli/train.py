@@ -54,7 +54,7 @@ def run_order(order: Order, out: Console, err: Console) -> int:
             why="It moves what lies there aside, so you say where.",
             fix=f"Add --out {folder.path}.",
         )
-    origin = {"file": order.file.name, "options": options}
+    origin = {"file": order.file.name, "path": str(order.file.resolve()), "options": options}
     built = build(recipe, folder, operations, origin=origin, fresh=order.fresh)
     command = shlex.join(["surefoot", *sys.argv[1:]])
     if built.run is None:

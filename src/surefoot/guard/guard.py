@@ -26,6 +26,7 @@ from surefoot.guard.detect import (
     take_up,
 )
 from surefoot.guard.history import History
+from surefoot.guard.layers import Layers
 from surefoot.guard.review import Alarm, Review
 from surefoot.types import check_fields
 
@@ -94,7 +95,8 @@ class Watch:
     """A guard at work.
 
     history: what it has done to the run: the only part of its state that going back does not undo.
-    pending: an alarm that has not been seen to yet. reviewed: what the review has seen.
+    pending: an alarm that has not been seen to yet. reviewed: what the review has seen. layers: the same of
+    single layers.
     """
 
     def __init__(self, rules: Guard, device: torch.device) -> None:
@@ -103,10 +105,11 @@ class Watch:
         self.history = History()
         self.pending: Alarm | None = None
         self.reviewed = Review()
+        self.layers = Layers()
         self.num_refused_in_a_row = 0
         self._device = device
         self._on_host = device.type == "cpu"
-        self._on = rules.mode != "off"
+        self.on = rules.mode != "off"
         self._seen: Statistics | None = None
         self._losses: list[Any] = []  # that are not taken up yet
         self._norms: list[Any] = []
@@ -121,7 +124,7 @@ class Watch:
             return self._permit_on_host(loss.item(), grad_norm.item(), step, scaled)
         finite = (loss - loss) + (grad_norm - grad_norm) == 0  # inf - inf and NaN - NaN are NaN
         watched = Permit(finite if scaled else torch.ones_like(finite), 0.0, 1.0)
-        if not self._on:
+        if not self.on:
             return watched
         loss64, norm64 = loss.double(), grad_norm.double()
         verdict, clip = self._judge(loss64, norm64)
@@ -136,7 +139,7 @@ class Watch:
         return Permit(verdict == FINE, verdict, clip)
 
     def _permit_on_host(self, loss: float, norm: float, step: int, scaled: bool) -> Permit:
-        if not self._on:
+        if not self.on:
             bad = scaled and not (math.isfinite(loss) and math.isfinite(norm))
             return Permit(_NO if bad else _YES, FINE, 1.0)
         calm = -math.inf < loss <= self._calm_loss and norm <= self._calm_norm
@@ -209,7 +212,7 @@ class Watch:
                 "Lower the learning rate, clip the gradient (clip_norm), or look for values in the data "
                 "that are not finite.",
             )
-        if not self._on:
+        if not self.on:
             return None
         bears = self.history.bears(step)
         return self.reviewed.look(step=step, loss=loss, verdict=verdict, expected=expected, bears=bears)
@@ -224,6 +227,7 @@ class Watch:
             if self._seen is None
             else [self._seen.mean.tolist(), self._seen.var.tolist(), float(self._seen.first)],
             "review": self.reviewed.state_dict(),
+            "layers": self.layers.state_dict(),
             "history": self.history.to_json(),
             "pending": None if self.pending is None else list(self.pending),
         }
@@ -241,5 +245,6 @@ class Watch:
         self._set_bounds()
         self.reviewed = Review()
         self.reviewed.load_state_dict(state.get("review", {}))
+        self.layers.load_state_dict(state.get("layers", {}))
         self.history = History.from_json(state.get("history", {}))
         self.pending = Alarm(*state["pending"]) if state.get("pending") else None

@@ -38,8 +38,8 @@ class Events:
         if size and os.pread(self._fd, 1, size - 1) != b"\n":
             os.write(self._fd, b"\n")  # the last writer was killed within a line
 
-    def add(self, kind: str, **facts: Any) -> None:
-        """Records that something happened now; any thread may."""
+    def add(self, kind: str, **facts: Any) -> Event:
+        """Records that something happened now; any thread may. Returns it as it will be read."""
         with self._lock:
             self.num_events += 1
             event = {"n": self.num_events, "time": round(time.time(), 3), "kind": kind}
@@ -47,6 +47,7 @@ class Events:
             text = json.dumps(event)[:-1]
             self._waiting.append(f'{text}{_CRC}{crc32(text.encode()):08x}"}}\n'.encode())
             self._write()
+        return event
 
     def write_waiting(self) -> OSError | None:
         """Writes what waits; what the disk says if it does not take it."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from surefoot.durable import sync_directory
-from surefoot.record.events import Events
+from surefoot.errors import SurefootError
+from surefoot.record.events import Event, Events, read_events
 from surefoot.record.folder import RunFolder
+from surefoot.record.incidents import FAILURES_THAT_DO, LEAVE_A_BUNDLE, leave_bundle
 from surefoot.record.lock import Lock
 from surefoot.record.log import StepLog
+from surefoot.record.rows import read_log
 
 
 class Recorder:
@@ -29,8 +33,20 @@ class Recorder:
 
     def event(self, kind: str, **facts: Any) -> None:
         """Adds an event."""
-        self._events.add(kind, **facts)
+        event = self._events.add(kind, **facts)
         self._log.note_events(self._events.num_events)
+        if kind in LEAVE_A_BUNDLE or (kind == "ended" and facts.get("failure") in FAILURES_THAT_DO):
+            self._leave_bundle(event)
+
+    def _leave_bundle(self, event: Event) -> None:
+        """Writes down what helps to understand an incident. The run does not depend on it, so a disk that
+        does not take it is no further trouble.
+        """
+        with suppress(OSError, SurefootError):
+            events, _ = read_events(self.folder.events_file)
+            log = read_log(self.folder.steps).columns
+            identity = self.folder.identity()
+            leave_bundle(self.folder.incidents, event, identity=identity, events=events, log=log)
 
     def seal(self) -> OSError | None:
         """Writes all rows and events that wait; what the disk says if it does not take them."""

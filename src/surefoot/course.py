@@ -1,0 +1,302 @@
+"""The course of a run: updates, the rows they leave, and validations. It knows no run directory.
+
+Read after `train`, which leads a run along it and keeps its states; `replay` takes steps of it again.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+import traceback
+from collections.abc import Iterator, MutableSequence, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from surefoot.data.feed import Feed, leave_out
+from surefoot.data.plan import Cadence
+from surefoot.errors import RecipeError
+from surefoot.guard.detect import FINE, GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE, SAT_OUT
+from surefoot.guard.guard import Stop
+from surefoot.guard.review import Alarm
+from surefoot.heal import Healer, Row, StopAskedError
+from surefoot.measure.evaluate import Evaluation
+from surefoot.measure.readings import Readings
+from surefoot.optim.precision import LossScale
+from surefoot.optim.schedules import Resolved
+from surefoot.state import RunState
+from surefoot.stopping import StopRequest
+from surefoot.train_step import Attempt, Parts, train_step
+from surefoot.types import Minibatch, Slots
+
+_WARN_EVERY = 1000
+
+
+class Record(Protocol):
+    """Who is told what happens: a `Recorder`, or one that keeps nothing.
+
+    attempt: number of this process life of the run.
+    """
+
+    attempt: int
+
+    def row(self, values: Sequence[int | float]) -> None:
+        """One value per column of the step log."""
+        ...
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """A rare fact."""
+        ...
+
+
+class Silence:
+    """Keeps nothing: of updates that are taken again."""
+
+    attempt = 0
+
+    def row(self, values: Sequence[int | float]) -> None:
+        """Forgotten."""
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Forgotten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What the host knows of a row before its numbers arrive."""
+
+    slots: Slots
+    samples: int
+    lr: float
+    num_micro: int
+    data_wait_s: float
+    step_s: float
+    wall_s: float
+
+
+@dataclass(kw_only=True)
+class Course:
+    """What updates are made of, what they change, and who is told.
+
+    total: updates in the whole run. validate: when, besides at its end. rows: the newest, for the guard.
+    blames: samples that break a step are looked for. price_per_s: of a second of this machine, or 0.
+    """
+
+    parts: Parts
+    state: RunState
+    feed: Feed
+    schedule: Resolved
+    total: int
+    healer: Healer
+    told: Record
+    evaluation: Evaluation | None
+    validate: Cadence | None
+    early_stopping_metric: str
+    readings: Readings[Label]
+    rows: MutableSequence[Row]
+    price_per_s: float = 0.0
+    stop: StopRequest = field(default_factory=StopRequest)
+    blames: bool = True
+    warned: dict[str, int] = field(default_factory=dict)
+
+
+def update(course: Course, batch: Minibatch) -> tuple[Minibatch, float, Attempt]:
+    """One update: the batch without what is in quarantine, the schedule's multiplier, what came of it."""
+    state, history = course.state, course.parts.guard.history
+    multiplier = course.schedule(state.step, cuts=state.lr_cuts)
+    if history.interventions:
+        multiplier = history.multiplier(state.step, multiplier)
+        holes = history.holes(state.step, batch.slots.ids)
+        batch = batch if holes is None else leave_out(batch, holes)
+    attempt = train_step(course.parts, batch, multiplier)
+    state.step += 1
+    state.samples += batch.slots.num_samples
+    return batch, multiplier, attempt
+
+
+def replay(
+    course: Course, until: int, rows: list[Row], *, known: bool, told: Record | None = None
+) -> Alarm | Stop | None:
+    """Takes updates up to a step, leaving no trace beside the state, and in `told`; see `heal.Replay`."""
+    readings: Readings[Label] = Readings(course.parts.device)
+    quiet = replace(course, told=told or Silence(), readings=readings, rows=rows, blames=not known)
+    state = course.state
+    while state.step < until and not state.stopped_early:
+        if course.stop():
+            raise StopAskedError
+        batch, multiplier, attempt = update(quiet, course.feed.at(state.step))
+        lr = course.parts.base_lr[0] * multiplier
+        label = Label(batch.slots, state.samples, lr, attempt.num_micro, 0.0, 0.0, 0.0)
+        verdict = settle(quiet, label, attempt)
+        if verdict is not None and not known:
+            return verdict
+        if isinstance(verdict, Alarm) and verdict.detector == "D6":
+            course.parts.guard.reviewed.told_slow = True
+        if validation_due(quiet) and run_validation(quiet) is None:
+            raise StopAskedError
+    verdict = settle(quiet, None, None)
+    return None if known else verdict
+
+
+def settle(course: Course, label: Label | None, attempt: Attempt | None) -> Alarm | Stop | None:
+    """Writes the rows whose numbers have arrived: with arguments those that are due, else all. The first
+    verdict of the guard's review, if it has one.
+    """
+    state, guard, found = course.state, course.parts.guard, None
+    if label is None or attempt is None:
+        arrived = course.readings.rest()
+    else:
+        numbers = (
+            attempt.loss, attempt.grad_norm, attempt.update_ratio, attempt.permitted, attempt.verdict,
+            attempt.clip,
+        )  # fmt: skip
+        scale = () if attempt.loss_scale is None else (attempt.loss_scale,)
+        arrived = course.readings.put(label, numbers + scale)
+    for row, (loss, grad_norm, ratio, permitted, verdict, clip, *loss_scale) in arrived:
+        slots, scale_used = row.slots, loss_scale[0] if loss_scale else 1.0
+        course.told.row((
+            slots.step, course.told.attempt, slots.epoch, row.samples, slots.num_samples,
+            row.num_micro, int(permitted), int(verdict), row.lr, loss, grad_norm, clip, ratio, scale_used,
+            row.data_wait_s, row.step_s, row.wall_s, row.wall_s * course.price_per_s, time.time(),
+        ))  # fmt: skip
+        course.rows.append(Row(slots.step, loss, grad_norm, bool(permitted)))
+        if permitted:
+            state.ledger.extend(slots.step, slots.ids)
+        elif verdict != SAT_OUT:
+            state.num_refused += 1
+        overflow = bool(loss_scale) and math.isfinite(loss) and scale_used > LossScale.LEAST
+        expected, now = overflow and verdict == NOT_FINITE, None
+        if verdict != SAT_OUT and (not permitted or verdict != FINE):
+            now = _refused(course, slots, loss, grad_norm, int(verdict), permitted=bool(permitted))
+        judged = guard.review(
+            step=slots.step, loss=loss, verdict=int(verdict), permitted=bool(permitted),
+            expected=expected or now == "explained",
+        )  # fmt: skip
+        if isinstance(judged, Alarm) and judged.detector == "D6" and course.healer.warms_up(judged.step):
+            judged = None
+        if isinstance(judged, Alarm) and not guard.heals:
+            _warn(course, judged)
+            judged = None
+        found = found or (now if isinstance(now, Stop) else None) or judged
+    return found
+
+
+def _refused(
+    course: Course, slots: Slots, loss: float, grad_norm: float, verdict: int, *, permitted: bool
+) -> Stop | Literal["explained"] | None:
+    """Tells of an update that was refused, or should have been; finds the samples that are to blame.
+    Explained: their data are broken, so this says nothing of the run's health.
+    """
+    guard = course.parts.guard
+    why = _why_refused(course, loss, grad_norm, verdict)
+    kind = "would_skip" if permitted else "skipped"
+    course.told.event(kind, step=slots.step, reason=why, loss=loss, grad_norm=grad_norm)
+    if not course.blames or not guard.heals or verdict == FINE or (verdict == NOT_FINITE and "fp16" in why):
+        return None
+    blamed = course.healer.blame(slots.step)
+    if not blamed.ids:
+        return None
+    done = course.healer.quarantine(slots, blamed, lag=course.readings.lag)
+    if isinstance(done, Stop):
+        return done
+    if done:
+        number, ids = guard.history.num_decided, list(blamed.ids)
+        course.told.event("quarantined", step=slots.step, ids=ids, reason=why, interventions=number)
+    return "explained" if done and blamed.broken_data else None
+
+
+def look_at_layers(course: Course) -> None:
+    """Tells of layers whose gradient, in the update just taken, vanishes or explodes."""
+    parts = course.parts
+    named = [(n, p) for n, p in parts.model.named_parameters() if p.ndim > 1 and p.grad is not None]
+    if not named:
+        return
+    norms = torch.stack(
+        [n.double() for n in torch._foreach_norm([p.grad for _, p in named if p.grad is not None])]
+    )
+    rms = [norm / math.sqrt(p.numel()) for norm, (_, p) in zip(norms.tolist(), named, strict=True)]
+    for sick in parts.guard.layers.look([name for name, _ in named], rms):
+        course.told.event("layer", step=course.state.step, **sick._asdict())
+
+
+def _warn(course: Course, alarm: Alarm) -> None:
+    """Tells of an alarm that is only watched, once per stretch."""
+    last = course.warned.get(alarm.detector, -_WARN_EVERY)
+    if alarm.step - last >= _WARN_EVERY:
+        course.warned[alarm.detector] = alarm.step
+        course.told.event("alarm", step=alarm.step, detector=alarm.detector, reason=alarm.reason)
+
+
+def _why_refused(course: Course, loss: float, grad_norm: float, verdict: int) -> str:
+    if verdict == GRADIENT_SPIKE:
+        return "gradient spike: far longer than usual"
+    if verdict == LOSS_SPIKE:
+        return "loss spike: far above what is usual"
+    if not math.isfinite(loss):
+        return "loss is not finite"
+    if math.isfinite(grad_norm):
+        return "the optimizer's update is not finite"
+    fp16 = course.parts.precision.scale is not None
+    return "fp16 overflow: loss scale halved" if fp16 else "gradient is not finite"
+
+
+def validation_due(course: Course) -> bool:
+    """Whether the last attempt ended between an update and the validation that follows it."""
+    step = course.state.step
+    if course.evaluation is None or step == 0 or course.state.validated_at == step:
+        return False
+    return step == course.total or (course.validate is not None and course.validate.after(step - 1) == step)
+
+
+def run_validation(course: Course) -> dict[str, float] | None:
+    """Evaluates the model; what follows from it for the rate and for stopping early goes into the
+    state. None if there is nothing to validate on, or if a stop was asked for meanwhile.
+    """
+    state = course.state
+    if course.evaluation is None:
+        return None
+    begun = time.perf_counter()
+    metrics = course.evaluation(course.parts.model, stop=course.stop)
+    if metrics is None:
+        return None
+    state.metrics, state.validated_at = metrics, state.step
+    seconds = round(time.perf_counter() - begun, 6)
+    course.told.event("validated", step=state.step, metrics=metrics, seconds=seconds)
+    if state.plateau is not None and course.schedule.plateau is not None:
+        begins, piece = course.schedule.plateau
+        if state.step >= begins and state.plateau.spent(metrics[piece.metric]):
+            state.lr_cuts += 1
+            course.told.event("rate_cut", step=state.step, metric=piece.metric, cuts=state.lr_cuts)
+    if state.early_stopping is not None:
+        spent = state.early_stopping.spent(metrics[course.early_stopping_metric])
+        state.stopped_early = spent and state.step < course.total
+    return metrics
+
+
+@contextmanager
+def callers_generators() -> Iterator[None]:
+    """Puts the caller's random generators back at the end: updates seed them."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def first_failure(what: str, error: Exception) -> RecipeError:
+    """What goes wrong when model, objective and data first meet is nearly always one of them."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not {"surefoot", "torch"} & set(Path(f.filename).parts)]
+    where = [f"{f.filename}:{f.lineno} in {f.name}: {f.line}" for f in theirs[-3:]]
+    return RecipeError(
+        f"the {what} failed: {type(error).__name__}: {error}",
+        why="\n       ".join(where),
+        fix="Try it on two samples by hand: objective(model, data.fetch(numpy.arange(2))).",
+    )

@@ -1,0 +1,422 @@
+"""Incidents: events that a person should know of, in plain words, and what one leaves behind.
+
+The words are made from the event alone, so that a run that ended years ago is explained alike. Each kind
+has a runbook in ``docs/runbooks``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surefoot.record.columns import Columns
+from surefoot.record.events import Event
+
+RUNBOOKS = "docs/runbooks"
+LEAVE_A_BUNDLE = ("rolled_back", "diverged", "hang")
+FAILURES_THAT_DO = ("unknown", "out_of_memory", "state")
+"""Classes of failure with which a run ends that do: with others the disk may hang, or the user knows."""
+_ROWS = 2000
+_TIMELINE = 40
+
+
+@dataclass(frozen=True)
+class Incident:
+    """title: what happened. cause, evidence, action: as far as the run could tell, what it saw and did.
+    advice: to a person. lost_steps, lost_s: updates and seconds that it cost. runbook: its name.
+    """
+
+    kind: str
+    title: str
+    step: int
+    time: float
+    cause: str
+    evidence: str
+    action: str
+    advice: str
+    runbook: str
+    lost_steps: int = 0
+    lost_s: float = 0.0
+
+
+DETECTORS = {
+    "D0": ("weights or the optimizer's state are not finite", "rolled-back"),
+    "D3": ("the loss left its best level for good", "rolled-back"),
+    "D4": ("many updates had to be refused", "rolled-back"),
+    "D5": ("updates in a row were not finite", "rolled-back"),
+    "D6": ("the loss does not come down", "does-not-learn"),
+}
+"""What each alarm of the guard says, and its runbook."""
+
+
+def of_event(event: Event) -> Incident | None:
+    """What an event means; None if nothing is to be told."""
+    make = _KINDS.get(event["kind"])
+    return make(event) if make else None
+
+
+def _incident(event: Event, title: str, runbook: str, **words: Any) -> Incident:
+    given = {"cause": "", "evidence": "", "action": "", "advice": "", **words}
+    step, at = int(event.get("step", 0)), float(event["time"])
+    return Incident(kind=event["kind"], title=title, step=step, time=at, runbook=runbook, **given)
+
+
+def _refused(event: Event) -> Incident:
+    would = event["kind"] == "would_skip"
+    evidence = f"loss {float(event['loss']):.6g}, gradient norm {float(event['grad_norm']):.6g}"
+    return _incident(
+        event,
+        "an update would have been refused" if would else "an update was refused",
+        "refused-updates",
+        cause=event["reason"],
+        evidence=evidence,
+        action="none: the guard only watches"
+        if would
+        else "weights, optimizer and buffers left as they were",
+        advice="fp16 finds its loss scale this way; nothing is to be done while it is rare."
+        if "fp16" in event["reason"]
+        else "Look at the samples of the step: surefoot replay RUN --step "
+        f"{event.get('step', 0)}. If it recurs without bad samples, lower the rate or clip the gradient.",
+        lost_steps=0 if would else 1,
+    )
+
+
+def _quarantined(event: Event) -> Incident:
+    ids = event["ids"]
+    return _incident(
+        event,
+        f"{len(ids)} {'sample was' if len(ids) == 1 else 'samples were'} left out from here on",
+        "left-out-samples",
+        cause=f"an update was refused ({event['reason']}), and would not have been without them",
+        evidence="samples " + ", ".join(map(str, ids)),
+        action="their places in later batches are holes of weight zero",
+        advice="Look at these samples; mend or remove them before the next run.",
+    )
+
+
+def _rolled_back(event: Event) -> Incident:
+    told, runbook = DETECTORS.get(event["detector"], ("it went wrong", "rolled-back"))
+    transient = "does not reproduce" in event["cause"]
+    tried = f" In vain: {'; '.join(event['tried'])}." if event.get("tried") else ""
+    return _incident(
+        event,
+        f"the run went back from step {event['at']} to step {event['step']}: {told}",
+        "does-not-reproduce" if transient else runbook,
+        cause=event["cause"],
+        evidence=f"{event['detector']}: {event['reason']}",
+        action=f"back to the state after {event['step']} updates and on with: {event['remedy']}.{tried}",
+        advice="Suspect the memory or the processor: test the machine before it trains again."
+        if transient
+        else "For the next run change the recipe so that this is not needed: see cause and remedy.",
+        lost_steps=int(event["at"]) + 1 - int(event["step"]),
+        lost_s=float(event.get("seconds", 0.0)),
+    )
+
+
+def _borne(event: Event) -> Incident:
+    return _incident(
+        event,
+        "an alarm was borne: the data changed, not the weights",
+        "changed-data",
+        cause="batches that differ from what came before",
+        evidence=f"{event['detector']}: {event['reason']}",
+        action="none; watched on",
+        advice="Look at the data from that step on: order, labels, scale.",
+    )
+
+
+def _alarm(event: Event) -> Incident:
+    told, runbook = DETECTORS.get(event["detector"], ("it goes wrong", "rolled-back"))
+    return _incident(
+        event,
+        f"an alarm, and nothing done: {told}",
+        runbook,
+        evidence=f"{event['detector']}: {event['reason']}",
+        action="none: nothing that was tried helped, or the guard only watches",
+        advice="Look at loss and gradient norm: surefoot report RUN.",
+    )
+
+
+def _layer(event: Event) -> Incident:
+    return _incident(
+        event,
+        f"the gradient of {event['layer']} {event['how']}",
+        "layers",
+        cause="the signal dies or grows on its way through the layers",
+        evidence=event["reason"],
+        action="none: it is only told",
+        advice="Normalise, initialise for the activation, or add skip connections; look at the layers: "
+        f"surefoot replay RUN --step {max(0, int(event.get('step', 1)) - 1)}.",
+    )
+
+
+def _diverged(event: Event) -> Incident:
+    return _incident(
+        event,
+        "the run ended: it diverged",
+        "diverged",
+        cause=event["reason"],
+        action="ended with exit code 3, its newest good state kept",
+        advice=event.get("fix") or "Lower the learning rate, clip the gradient, or look at the data.",
+    )
+
+
+def _hang(event: Event) -> Incident:
+    return _incident(
+        event,
+        f"nothing moved for {event['seconds']:g} s",
+        "hang",
+        evidence=f"stacks of all threads: {event['stacks']}",
+        action="none: it goes on waiting",
+        advice="Read the stacks: the main thread's innermost line says what is waited for.",
+        lost_s=float(event["seconds"]),
+    )
+
+
+def _worker(event: Event) -> Incident:
+    facts = {k: v for k, v in event.items() if k not in ("n", "time", "kind", "attempt", "step")}
+    return _incident(
+        event,
+        "a process that reads data died or hung, and was replaced",
+        "worker-replaced",
+        evidence=", ".join(f"{k} {v}" for k, v in facts.items()),
+        action="all of them started anew with the batch that was missing; no sample lost or repeated",
+        advice="If it recurs look at memory (dmesg names what the kernel killed) and at the source's code.",
+    )
+
+
+def _not_kept(event: Event) -> Incident:
+    return _incident(
+        event,
+        "a state could not be written",
+        "checkpoint-failed",
+        cause=event["error"],
+        evidence=f"try {event['tries']}; the newest good state: {event['newest_good']}",
+        action=f"training goes on; tried again after {event['retry_s']:g} s",
+        advice="Make room, or mend the disk, before the machine is stopped.",
+    )
+
+
+def _poisoned(event: Event) -> Incident:
+    return _incident(
+        event,
+        "a state was not sound",
+        "checkpoint-failed",
+        cause="it holds numbers that are not finite",
+        evidence=f"checkpoint {event['name']}",
+        action="kept for a look, never restored",
+        advice="See what the guard did about it next.",
+    )
+
+
+def _rejected(event: Event) -> Incident:
+    return _incident(
+        event,
+        "a damaged checkpoint was passed over",
+        "damaged-files",
+        cause=event["reason"],
+        action="an earlier one was used",
+        advice="Look after the disk: surefoot verify RUN names every damaged file.",
+    )
+
+
+def _mended(event: Event) -> Incident:
+    return _incident(
+        event,
+        "a damaged file was mended",
+        "damaged-files",
+        cause=event["reason"],
+        action="what could be saved was",
+        advice="Look after the disk: surefoot verify RUN.",
+    )
+
+
+def _took_over(event: Event) -> Incident:
+    return _incident(
+        event,
+        "the run was taken over from a process that had stopped",
+        "crash",
+        cause=f"process {event['owner']} did not move for a while",
+        action="it can no longer write to the run",
+        advice="Look why it stood still; end it.",
+    )
+
+
+def _failed(event: Event) -> Incident | None:
+    if event.get("status") != "failed":
+        return None
+    return _incident(
+        event,
+        "the process ended with an error",
+        "crash",
+        cause=str(event.get("error", "unknown")),
+        evidence=f"class of failure: {event.get('failure', 'unknown')}",
+        action="the newest checkpoint is as it was",
+        advice="Mend the cause and run the same command again.",
+    )
+
+
+_KINDS: dict[str, Callable[[Event], Incident | None]] = {
+    "skipped": _refused,
+    "would_skip": _refused,
+    "quarantined": _quarantined,
+    "rolled_back": _rolled_back,
+    "borne": _borne,
+    "alarm": _alarm,
+    "layer": _layer,
+    "diverged": _diverged,
+    "hang": _hang,
+    "worker_replaced": _worker,
+    "checkpoint_failed": _not_kept,
+    "checkpoint_poisoned": _poisoned,
+    "checkpoint_rejected": _rejected,
+    "mended": _mended,
+    "took_over": _took_over,
+    "ended": _failed,
+}
+KINDS = tuple(_KINDS)
+
+# ---------------------------------------------------------------------------------- bundles
+
+
+def leave_bundle(
+    folder: Path, event: Event, *, identity: Mapping[str, Any], events: Sequence[Event], log: Columns
+) -> Path:
+    """Writes what helps to understand an incident into a folder of its own, and a draft of a post-mortem.
+
+    Args:
+        folder: ``incidents/`` of the run.
+        events, log: of the run, up to now.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    path = folder / f"{event['n']:05d}-{event['kind']}"
+    path.mkdir(parents=True, exist_ok=True)
+    incident = of_event(event)
+    assert incident is not None
+    step = int(event.get("at") or event.get("step") or 0)
+    run = folder.parent
+    about = {
+        "run": identity["id"],
+        "event": redacted("", event),
+        "incident": redacted("", vars(incident)),
+        "replay": f"surefoot replay {run} --step {max(0, step - 1)}",
+        "recipe": {"origin": redacted("", identity.get("origin", {})), "commit": identity.get("commit")},
+        "command": _redacted_command(identity.get("command", [])),
+        "environment": identity.get("environment", {}),
+        "variables": variables(os.environ),
+        "checkpoints": sorted(p.name for p in (run / "checkpoints").glob("[0-9]*")),
+    }
+    (path / "incident.json").write_text(json.dumps(about, indent=1, default=str) + "\n")
+    with (path / "rows.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(log)
+        writer.writerows(zip(*(values[-_ROWS:].tolist() for values in log.values()), strict=True))
+    (path / "POSTMORTEM.md").write_text(_post_mortem(incident, about, events))
+    return path
+
+
+_SECRET = re.compile(r"key|token|secret|passw|pwd|credential|auth|cookie|session|private|salt|dsn", re.I)
+_IN_A_URL = re.compile(r"(\w+://)[^/\s@]+@")
+_TOLD = re.compile(
+    r"SUREFOOT_|OMP_|MKL_|OPENBLAS_|KMP_|CUDA_|CUBLAS_|NCCL_|NVIDIA_|TORCH|PYTORCH|PYTHON|SLURM_|HOSTNAME$"
+    r"|LANG$|LC_|TZ$|MALLOC_|LD_PRELOAD$|RANK$|WORLD_SIZE$|LOCAL_RANK$"
+)
+
+
+def variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables for a bundle: of those that may bear on training their values, of others the
+    names. What looks like a secret by its name is redacted, and names and passwords in addresses.
+    """
+    return {
+        name: str(redacted(name, value)) if _TOLD.match(name) else "(left out)"
+        for name, value in sorted(environment.items())
+    }
+
+
+def redacted(name: str, value: Any) -> Any:
+    """A value without what looks like a secret: by its name, or as a password in an address."""
+    if _SECRET.search(name):
+        return "(redacted)"
+    if isinstance(value, Mapping):
+        return {key: redacted(str(key), part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted("", part) for part in value]
+    return _redacted_text(value) if isinstance(value, str) else value
+
+
+def _redacted_text(text: str) -> str:
+    return _IN_A_URL.sub(r"\1(redacted)@", text)
+
+
+def _redacted_command(words: Sequence[str]) -> list[str]:
+    """A command line; a secret may follow its name after ``=`` or a space."""
+    told: list[str] = []
+    secret = False
+    for word in words:
+        key, equals, _ = word.partition("=")
+        named = bool(_SECRET.search(key))
+        if secret:
+            told.append("(redacted)")
+        else:
+            told.append(f"{key}=(redacted)" if named and equals else _redacted_text(word))
+        secret = named and not equals and word.startswith("--")
+    return told
+
+
+def _clock(event: Event) -> str:
+    return time.strftime("%H:%M:%S", time.gmtime(float(event["time"])))
+
+
+def _why(event: Event) -> str:
+    return _redacted_text(str(event.get("reason", event.get("status", ""))).replace("|", "/"))
+
+
+def _post_mortem(incident: Incident, about: Mapping[str, Any], events: Sequence[Event]) -> str:
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(incident.time))
+    timeline = "\n".join(
+        f"| {_clock(e)} | {e.get('step', '')} | {e['kind']} | {_why(e)} |" for e in events[-_TIMELINE:]
+    )
+    return f"""# Post-mortem (draft): {incident.title}
+
+Run {about["run"]}, step {incident.step:,}, {when}. Runbook: {RUNBOOKS}/{incident.runbook}.md
+
+## What happened
+
+{incident.title}.
+
+* Cause, as far as the run could tell: {incident.cause or "not known"}
+* Evidence: {incident.evidence or "see rows.csv and incident.json"}
+* What surefoot did: {incident.action or "nothing"}
+
+## What it cost
+
+{incident.lost_steps:,} updates, {incident.lost_s:.1f} s. *People and deadlines: to be filled in.*
+
+## Timeline (UTC)
+
+| time | step | event | |
+|---|---|---|---|
+{timeline}
+
+## To look at
+
+* `{about["replay"]}`
+* `rows.csv`: the newest rows of the step log; `incident.json`: environment, command, checkpoints.
+
+## Why it could happen
+
+*To be filled in.*
+
+## What will be done so that it does not happen again
+
+* {incident.advice or "*To be filled in.*"}
+"""

@@ -394,3 +394,65 @@ def test_a_budget_of_rollbacks(tmp_path):
     done = sf.fit(changed, out=tmp_path / "run")
     assert done.status == "diverged"
     assert "after 0 rollbacks" in sf.open_run(tmp_path / "run").summary()["reason"]
+
+
+# ---------------------------------------------------------------------------------- D7
+
+
+def continued_after_a_kill(tmp_path, *, during=None, after=None):
+    """A run that was killed at step 470, its newest state that of 400, and continued; its events."""
+    often = {"checkpoint": {"every": 200}, "progress": "off"}
+    for outcome in sf.steps(
+        base(0, sf.Guard(), steps=600), out=tmp_path / "run", operations=Operations(**often)
+    ):
+        if outcome.step == 450 and during is not None:
+            during(outcome.model)
+        if outcome.step == 470:
+            shutil.copytree(tmp_path / "run", tmp_path / "killed")
+            break
+    (tmp_path / "killed/LOCK").unlink()
+    built = build(base(0, sf.Guard(), steps=600), RunFolder(tmp_path / "killed"), Operations(**often))
+    assert built.state.step == 400
+    if after is not None:
+        after(built.state)
+    for _ in run_steps(built):
+        pass
+    return result(built)
+
+
+def spoil(model):
+    with torch.no_grad():
+        model[4].weight.mul_(1.01)
+
+
+def spoil_momentum(state):
+    for slots in state.optimizer.state.values():
+        slots["momentum_buffer"].mul_(1.1)
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda state: spoil(state.model), spoil_momentum], ids=["weights", "momentum"]
+)
+def test_a_state_that_came_back_wrong_is_noticed_and_undone(tmp_path, harm):
+    whole = sf.fit(base(0, sf.Guard(), steps=600), out=tmp_path / "whole")
+    done = continued_after_a_kill(tmp_path, after=harm)
+    (told,) = events(tmp_path / "killed", "rolled_back")
+    assert told["detector"] == "D7"
+    assert "does not reproduce" in told["cause"]
+    assert (done.status, done.digest, done.ledger) == ("finished", whole.digest, whole.ledger)
+    assert sf.open_run(tmp_path / "killed").verify() == []
+
+
+def test_an_attempt_that_erred_before_it_was_killed_is_told_of(tmp_path):
+    whole = sf.fit(base(0, sf.Guard(), steps=600), out=tmp_path / "whole")
+    done = continued_after_a_kill(tmp_path, during=spoil)
+    (told,) = events(tmp_path / "killed", "alarm")
+    assert (told["detector"], told["step"]) == ("D7", 452)
+    assert events(tmp_path / "killed", "rolled_back") == []
+    assert (done.status, done.digest) == ("finished", whole.digest)
+
+
+def test_a_run_that_comes_back_right_is_left_alone(tmp_path):
+    done = continued_after_a_kill(tmp_path)
+    assert events(tmp_path / "killed", "alarm") == events(tmp_path / "killed", "rolled_back") == []
+    assert done.interventions == 0

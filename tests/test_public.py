@@ -7,11 +7,11 @@ import sys
 import surefoot as sf
 
 NAMES = (  # noqa: SIM905
-    "Adadelta Adafactor Adagrad Adam AdamW Arrays Batch DataError Dataset EarlyStopping Group Guard "
-    "NAdamW Operations OperationsError Outcome RMSprop Recipe RecipeError Replayed Result "
-    "RunDirectoryError RunView SGD StateError SurefootError UsageError Validation clip_norm clip_value constant cosine "
-    "digest exponential fit hold inverse_sqrt linear one_cycle open_run plateau replay_step restarts step steps "
-    "supervised warmup"
+    "Adadelta Adafactor Adagrad Adam AdamW Arrays Batch DataError Dataset EarlyStopping Group "
+    "Guard NAdamW Operations OperationsError Outcome RMSprop Recipe RecipeError Replayed Result "
+    "RunDirectoryError RunView SGD StateError SurefootError UsageError Validation clip_norm "
+    "clip_value constant cosine digest exponential fit hold inverse_sqrt linear one_cycle "
+    "open_run plateau replay_step restarts step steps supervised warmup"
 ).split()
 
 

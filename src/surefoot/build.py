@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from surefoot.checkpoint.retention import Retention
@@ -23,6 +24,7 @@ from surefoot.prepare import check_kinds, prepare
 from surefoot.protocols import KeyedSource
 from surefoot.recipe import Recipe
 from surefoot.record.columns import lineage
+from surefoot.record.events import read_events
 from surefoot.record.folder import RunFolder
 from surefoot.record.rows import read_log
 from surefoot.resume import begin_or_continue
@@ -102,6 +104,8 @@ def _build(
     keeper.prepare_ballast()
     notes += made.doubts()
     course = made.course(made.feed(record.event), opened.store, record, _rows(folder, state))
+    if not opened.environment_changed:
+        course.before = _to_be_repeated(folder, state)
     run = Run(
         **vars(course),
         keeper=keeper,
@@ -110,16 +114,34 @@ def _build(
         hang_after_s=seconds(operations.hang_after, name="hang_after"),
         threads_before=threads_before,
         fresh=record.attempt == 1,
+        keeps_samples=operations.incidents.samples,
     )
     return Build(folder, state, run, ended, notes, groups)
+
+
+def _to_be_repeated(folder: RunFolder, state: RunState) -> dict[int, tuple[Row, int]]:
+    """Rows, and their number of passes, of an earlier attempt for steps from the state on, that must come
+    out alike now: not those of an attempt in another environment, or from after the guard went back, or
+    from before a person released samples.
+    """
+    events, _ = read_events(folder.events_file)
+    other = {e["attempt"] for e in events if e["kind"] == "resumed" and e.get("environment_changed")}
+    released = max((e["attempt"] for e in events if e["kind"] == "released"), default=0)
+    went_back = (e["interventions"] for e in events if e["kind"] == "rolled_back")
+    if max(went_back, default=0) > state.guard.history.num_decided:
+        return {}
+    log = lineage(read_log(folder.steps).columns)
+    again = (log["step"] >= state.step) & (log["step"] < state.step + REMEMBERED)
+    again &= (log["attempt"] > released) & ~np.isin(log["attempt"], sorted(other))
+    rows = zip(*(log[name][again].tolist() for name in (*Row._fields, "micro_batches")), strict=True)
+    return {int(row[0]): (Row(*row[:-1]), int(row[-1])) for row in rows}
 
 
 def _rows(folder: RunFolder, state: RunState) -> deque[Row]:
     """The last rows before the state, for the guard to compare a replay with."""
     log = lineage(read_log(folder.steps).columns)
     before = log["step"] < state.step
-    names = ("step", "loss", "grad_norm", "permitted")
-    rows = zip(*(log[name][before][-REMEMBERED:].tolist() for name in names), strict=True)
+    rows = zip(*(log[name][before][-REMEMBERED:].tolist() for name in Row._fields), strict=True)
     return deque((Row(*row) for row in rows), maxlen=REMEMBERED)
 
 

@@ -24,7 +24,7 @@ from surefoot.errors import RecipeError
 from surefoot.guard.detect import FINE, GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE, SAT_OUT
 from surefoot.guard.guard import Stop
 from surefoot.guard.review import Alarm
-from surefoot.heal import Healer, Row, StopAskedError
+from surefoot.heal import Healer, Row, StopAskedError, same_row
 from surefoot.measure.evaluate import Evaluation
 from surefoot.measure.readings import Readings
 from surefoot.optim.precision import LossScale
@@ -49,8 +49,8 @@ class Record(Protocol):
         """One value per column of the step log."""
         ...
 
-    def event(self, kind: str, **facts: Any) -> None:
-        """A rare fact."""
+    def event(self, kind: str, **facts: Any) -> Path | None:
+        """A rare fact; the folder of the bundle that it leaves, if it does."""
         ...
 
 
@@ -84,7 +84,9 @@ class Course:
     """What updates are made of, what they change, and who is told.
 
     total: updates in the whole run. validate: when, besides at its end. rows: the newest, for the guard.
-    blames: samples that break a step are looked for. price_per_s: of a second of this machine, or 0.
+    blames: samples that break a step are looked for. before: rows of an earlier attempt, and their
+    numbers of passes, for steps that are taken again now: they must come out alike. price_per_s: of a
+    second of this machine, or 0.
     """
 
     parts: Parts
@@ -102,6 +104,7 @@ class Course:
     price_per_s: float = 0.0
     stop: StopRequest = field(default_factory=StopRequest)
     blames: bool = True
+    before: dict[int, tuple[Row, int]] = field(default_factory=dict)
     warned: dict[str, int] = field(default_factory=dict)
 
 
@@ -124,7 +127,9 @@ def replay(
 ) -> Alarm | Stop | None:
     """Takes updates up to a step, leaving no trace beside the state, and in `told`; see `heal.Replay`."""
     readings: Readings[Label] = Readings(course.parts.device)
-    quiet = replace(course, told=told or Silence(), readings=readings, rows=rows, blames=not known)
+    quiet = replace(
+        course, told=told or Silence(), readings=readings, rows=rows, blames=not known, before={}
+    )
     state = course.state
     while state.step < until and not state.stopped_early:
         if course.stop():
@@ -164,7 +169,8 @@ def settle(course: Course, label: Label | None, attempt: Attempt | None) -> Alar
             row.num_micro, int(permitted), int(verdict), row.lr, loss, grad_norm, clip, ratio, scale_used,
             row.data_wait_s, row.step_s, row.wall_s, row.wall_s * course.price_per_s, time.time(),
         ))  # fmt: skip
-        course.rows.append(Row(slots.step, loss, grad_norm, bool(permitted)))
+        taken = Row(slots.step, loss, grad_norm, bool(permitted))
+        course.rows.append(taken)
         if permitted:
             state.ledger.extend(slots.step, slots.ids)
         elif verdict != SAT_OUT:
@@ -179,6 +185,7 @@ def settle(course: Course, label: Label | None, attempt: Attempt | None) -> Alar
         )  # fmt: skip
         if isinstance(judged, Alarm) and judged.detector == "D6" and course.healer.warms_up(judged.step):
             judged = None
+        judged = judged or _canary(course, taken, row.num_micro)
         if isinstance(judged, Alarm) and not guard.heals:
             _warn(course, judged)
             judged = None
@@ -208,6 +215,21 @@ def _refused(
         number, ids = guard.history.num_decided, list(blamed.ids)
         course.told.event("quarantined", step=slots.step, ids=ids, reason=why, interventions=number)
     return "explained" if done and blamed.broken_data else None
+
+
+def _canary(course: Course, taken: Row, num_micro: int) -> Alarm | None:
+    """D7: a step that an earlier attempt took from the same state came out otherwise."""
+    if not course.before or not course.parts.guard.on:
+        return None
+    then, passes = course.before.pop(taken.step, (taken, num_micro))
+    if passes != num_micro or same_row(then, taken, exact=True):
+        return None
+    course.before.clear()
+    reason = (
+        f"step {taken.step} came out otherwise than before the run was continued: "
+        f"loss {taken.loss:.9g}, was {then.loss:.9g}"
+    )
+    return Alarm("D7", taken.step, taken.step, reason)
 
 
 def look_at_layers(course: Course) -> None:

@@ -164,8 +164,8 @@ class Healer:
         """
         begun = time.perf_counter()
         before, rules = self.parts.guard.history, self.parts.guard.rules
-        slow = alarm.detector == "D6"
-        if not slow and self._weights_are_sound(alarm):
+        slow, resumed = alarm.detector == "D6", alarm.detector == "D7"
+        if not slow and not resumed and self._weights_are_sound(alarm):
             bears = before.count("bear")
             until = alarm.step + 1 + _BEAR * 2 ** min(bears, 8)
             guard = self.parts.guard
@@ -199,6 +199,8 @@ class Healer:
         odd = self._first_difference(alarm, replay)
         forget = alarm.onset if odd is None else min(odd, alarm.onset)
         went_back = before.back_to(target, alarm.step, forget=forget)
+        if resumed and odd is None:  # it was the earlier attempt that erred, if anything did
+            return None
         if odd is not None:
             return found(f"step {odd} does not reproduce: the machine made a mistake there", "none needed")
         best: tuple[float, str, list[Intervention]] | None = None
@@ -268,12 +270,12 @@ class Healer:
 
     def _first_difference(self, alarm: Alarm, replay: Replay) -> int | None:
         """The first step whose replay gives other bits than it gave before."""
-        exact = self.state.step >= self.own_from
+        exact = self.state.step >= self.own_from or alarm.detector == "D7"
         before = {row.step: row for row in self.rows}
         now: list[Row] = []
         replay(min(self.total, alarm.step + 1), now)
         for row in now:
-            if row.step in before and not _same(before[row.step], row, exact=exact):
+            if row.step in before and not same_row(before[row.step], row, exact=exact):
                 return row.step
         return alarm.step if alarm.detector == "D0" and self.parts.updater.finite() else None
 
@@ -393,7 +395,7 @@ def _on_the_way(then: History, now: History, step: int) -> bool:
     return same and all(i.begins >= step for i in later if i.kind == "rollback")
 
 
-def _same(a: Row, b: Row, *, exact: bool) -> bool:
+def same_row(a: Row, b: Row, *, exact: bool) -> bool:
     """To the bit; or, where another process took one of them, perhaps with other operations, roughly."""
     pairs = zip(a, b, strict=True)
     return all(x == y or (x != x and y != y) or (not exact and abs(x - y) < 0.1 * abs(x)) for x, y in pairs)

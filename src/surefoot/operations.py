@@ -129,6 +129,14 @@ class BudgetOperations(_Section):
         return self
 
 
+class IncidentOperations(_Section):
+    """What is written down when something goes wrong."""
+
+    samples: bool = Field(
+        False, description="the batch in which an incident began goes into its bundle; it may be private"
+    )
+
+
 def _checked(value: int | str, name: str) -> None:
     try:
         duration(value, name=name)
@@ -166,6 +174,7 @@ class Operations(_Section):
     data: DataOperations = DataOperations()
     checkpoint: CheckpointOperations = CheckpointOperations()
     budget: BudgetOperations = BudgetOperations()
+    incidents: IncidentOperations = IncidentOperations()
     hang_after: str = Field(
         "10min", description="without a step or batch, after which the threads' stacks are written down"
     )

@@ -84,7 +84,7 @@ class Prepared:
         made = _assemble(self.recipe, self.operations, again, self.device, self.plan, self.schedule)
         return made[1].snapshot()
 
-    def feed(self, notice: Callable[..., None]) -> Feed:
+    def feed(self, notice: Callable[..., object]) -> Feed:
         """Its batches. notice: is told of workers that were replaced."""
         data = self.operations.data
         return Feed(

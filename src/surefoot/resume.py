@@ -9,6 +9,7 @@ from typing import Any
 
 from surefoot.checkpoint.kept import Checkpoint, list_checkpoints
 from surefoot.checkpoint.retention import Retention
+from surefoot.checkpoint.snapshot import Snapshot
 from surefoot.checkpoint.store import DirectoryStore
 from surefoot.environment import DECIDES_BITS
 from surefoot.errors import FormatError, RunDirectoryError, StateError
@@ -33,12 +34,13 @@ TERMINAL = ("finished", "stopped_early", "diverged")
 class Opened:
     """A run directory, taken for this process.
 
-    record: None if the run has ended already. ended: its status then. checkpoint: the one that the state
-    was restored from. notes: lines for people.
+    record: None if the run has ended already. environment_changed: in what decides about bits. ended: its
+    status then. checkpoint: the one that the state was restored from. notes: lines for people.
     """
 
     store: DirectoryStore
     record: Recorder | None = None
+    environment_changed: bool = False
     ended: str = ""
     checkpoint: Checkpoint | None = None
     notes: list[str] = field(default_factory=list)
@@ -102,6 +104,7 @@ def begin_or_continue(
         raise
     now, then = identity["environment"], before["environment"]
     changed = {k: [then.get(k), now[k]] for k in DECIDES_BITS if then.get(k) != now[k]}
+    opened.environment_changed = bool(changed)
     _tell(opened, rejected, changed, state, folder, lock)
     return opened
 
@@ -156,6 +159,22 @@ def _restore(
             fix="Restore the folder from a copy, or start anew with --fresh or another --out.",
         )
     return []
+
+
+def newest_sound(store: DirectoryStore) -> tuple[Checkpoint, Snapshot]:
+    """The newest checkpoint whose every byte is as it was written.
+
+    Raises:
+        StateError: there is none.
+    """
+    kept = store.checkpoints()
+    for checkpoint in reversed(kept):
+        with suppress(StateError):
+            _not_fenced(checkpoint, kept)
+            return checkpoint, store.load(checkpoint)
+    raise StateError(
+        f"{store.path} holds no sound checkpoint.", fix="surefoot verify RUN says what is damaged."
+    )
 
 
 def _not_fenced(checkpoint: Checkpoint, kept: list[Checkpoint]) -> None:

@@ -94,7 +94,7 @@ class RunView:
     def _status(self, events: list[Event]) -> str:
         if self._folder.is_running():
             return "running"
-        last = next((e for e in reversed(events) if e["kind"] != "hang"), {})
+        last = next((e for e in reversed(events) if e["kind"] not in ("hang", "released")), {})
         return str(last["status"]) if last.get("kind") == "ended" else "failed"
 
     def summary(self) -> dict[str, Any]:

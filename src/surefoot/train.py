@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from surefoot.checkpoint.tensors import safetensors_chunks
 from surefoot.course import (
     Course,
     Label,
@@ -37,7 +38,7 @@ from surefoot.heal import EVERY, Row, StopAskedError
 from surefoot.keep import Keeper
 from surefoot.record.recorder import Recorder
 from surefoot.stopping import Budget, NoLongerWaiting, StopRequest, signals_ask
-from surefoot.types import Minibatch, Outcome
+from surefoot.types import Minibatch, Outcome, leaves
 
 _LEAVE_S = 10.0
 """How long a process that has lost the run waits for its writer to notice."""
@@ -49,7 +50,7 @@ class Run(Course):
 
     fresh: nothing of it was kept before. hang_after_s: without a step or a batch of validation, after
     which the threads' stacks are written down. threads_before: of this process, for torch's kernels, to be
-    put back.
+    put back. keeps_samples: the batch in which an incident began goes into its bundle.
     """
 
     keeper: Keeper
@@ -58,6 +59,7 @@ class Run(Course):
     hang_after_s: float
     threads_before: int
     fresh: bool
+    keeps_samples: bool = False
     status: str = "running"
 
 
@@ -204,15 +206,30 @@ def _heal(run: Run, alarm: Alarm) -> str:
         run.told.event("alarm", step=alarm.step + 1, detector=alarm.detector, reason=alarm.reason)
     guard.pending = None
     if isinstance(done, Stop):
-        run.told.event("diverged", step=run.state.step, reason=done.reason, fix=done.fix)
+        bundle = run.told.event("diverged", step=run.state.step, reason=done.reason, fix=done.fix)
+        _keep_samples(run, bundle, alarm.onset)
         return "diverged"
     if done is None or "at" not in done:  # the run goes on from where it is
         if done is not None:
             run.told.event("borne", **done, interventions=guard.history.num_decided)
         return ""
-    run.told.event("rolled_back", **done, interventions=guard.history.num_decided)
+    bundle = run.told.event("rolled_back", **done, interventions=guard.history.num_decided)
+    _keep_samples(run, bundle, alarm.onset)
     run.keeper.went_back()
     return ""
+
+
+def _keep_samples(run: Run, bundle: Path | None, step: int) -> None:
+    """Puts the batch of a step into a bundle, if operations ask for that."""
+    if bundle is None or not run.keeps_samples:
+        return
+    batch = run.feed.at(step)
+    tensors = {
+        f"data.{i}": leaf for i, leaf in enumerate(leaves(batch.data)) if isinstance(leaf, torch.Tensor)
+    }
+    tensors["ids"] = torch.from_numpy(batch.slots.ids)
+    with suppress(OSError), (bundle / "samples.safetensors").open("wb") as file:
+        file.writelines(safetensors_chunks(tensors))
 
 
 def _wait_for(batches: Iterator[Minibatch], stop: StopRequest) -> Minibatch:

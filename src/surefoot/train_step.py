@@ -166,8 +166,11 @@ def accumulate(parts: Parts, batch: Minibatch) -> tuple[Tensor, int]:
             _refuse_draws(parts, before)
         if total is None and (weights is None or len(pieces) == 1):
             total = _batch_weight(parts, batch, weights)
-        weighted = losses.sum() if weights is None else (losses * weights).sum()
-        share = weighted if total is None else weighted / total
+        if weights is None and isinstance(total, float) and total == piece.num_rows:  # the same bits
+            share = losses.mean()
+        else:
+            weighted = losses.sum() if weights is None else (losses * weights).sum()
+            share = weighted if total is None else weighted / total
         scale = parts.precision.scale
         (share if scale is None else share * scale.scale).backward()  # type: ignore[no-untyped-call]
         detached = share.detach()

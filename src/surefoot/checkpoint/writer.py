@@ -8,12 +8,16 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from surefoot.checkpoint.kept import Checkpoint
 from surefoot.checkpoint.snapshot import Snapshot
 from surefoot.checkpoint.store import DirectoryStore
+
+_PAGE = 4096
+_WARM_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,13 @@ class _Staging:
         self._buffers = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in snapshot.tensors()}
         for buffer in self._buffers.values():  # touch each page; not by torch: see `snapshot`
             buffer.reshape(-1).view(torch.uint8).numpy().fill(0)
+
+    def keep_warm(self) -> None:
+        """Reads a byte of every page. What lies idle for a minute is taken away by some hosts (of virtual
+        machines, say), and the next copy into it is twenty times slower: see the lab book.
+        """
+        for buffer in self._buffers.values():
+            np.add.reduce(buffer.reshape(-1).view(torch.uint8).numpy()[::_PAGE])
 
     def forget(self) -> None:
         """Lets go of the memory."""
@@ -148,9 +159,13 @@ class Writer:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None)
-                job, self._waiting, self._busy = self._waiting, None, True
-            assert job is not None
+                self._changed.wait_for(lambda: self._waiting is not None, _WARM_EVERY_S)
+                job, self._waiting, self._busy = self._waiting, None, self._waiting is not None
+                idle = list(self._free)
+            if job is None:
+                for staging in idle:
+                    staging.keep_warm()
+                continue
             self._write(job)
             with self._changed:
                 self._free.append(job.staging)

@@ -204,6 +204,39 @@ def supervise(
     raise typer.Exit(code)
 
 
+Faults = Annotated[
+    list[str] | None, typer.Option("--fault", metavar="NAME", help="May be given again; all if left out.")
+]
+
+
+@app.command()
+def chaos(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A recipe file.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options.")] = None,
+    faults: Faults = None,
+    at: Annotated[
+        int | None, typer.Option("--at", min=1, help="Step of the fault; half-way if left out.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Go on with copies of this interrupted run.")
+    ] = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="An empty folder for all runs.")] = None,
+    as_json: AsJson = False,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any operations key.")
+    ] = None,
+) -> None:
+    """A game day: train undisturbed and with faults. What is survived, and at what cost?"""
+    with _errors():
+        from surefoot.cli.chaos import play
+        from surefoot.cli.train import Order
+
+        flags = {"checkpoint.every": 50, "progress": "off", **_pairs(sets or [])}
+        order = Order(file, settings or [], out_dir, False, flags)
+        code = play(order, faults or [], run, at, as_json=as_json, out=out, err=err)
+    raise typer.Exit(code)
+
+
 @app.command()
 def show(path: RunPath, as_json: AsJson = False) -> None:
     """Show a run: status, metrics, interventions, digest of the weights."""
@@ -283,6 +316,26 @@ def explain(path: RunPath, as_json: AsJson = False) -> None:
             tables.print_json(told.to_json())
         else:
             show(told, out)
+
+
+@app.command()
+def release(
+    path: RunPath,
+    ids: Annotated[list[int] | None, typer.Argument(metavar="[ID]...", help="Samples.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All that are left out.")] = False,
+) -> None:
+    """Let samples that were left out take part again, once the run continues."""
+    with _errors():
+        from surefoot.release import release as release_samples
+
+        if bool(ids) == everything:
+            raise OperationsError(
+                "release: which samples?",
+                fix="surefoot release RUN ID..., or --all; see surefoot show RUN.",
+            )
+        came_back, step = release_samples(path, None if everything else ids)
+        told = ", ".join(map(str, came_back[:20])) + (" ..." if len(came_back) > 20 else "")
+        out.print(f"{len(came_back)} samples take part again from step {step:,} on: {told}", soft_wrap=True)
 
 
 @app.command()

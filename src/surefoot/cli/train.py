@@ -20,7 +20,8 @@ from surefoot.cli.recipe_file import RecipeFile
 from surefoot.errors import RunDirectoryError
 from surefoot.export.progress import duration_text, progress
 from surefoot.guard.hang import stacks_if_stuck
-from surefoot.operations import gather, seconds
+from surefoot.operations import Operations, gather, seconds
+from surefoot.recipe import Recipe
 from surefoot.record.folder import RunFolder
 
 
@@ -41,12 +42,7 @@ def run_order(order: Order, out: Console, err: Console) -> int:
     Raises:
         SurefootError: nothing was trained.
     """
-    toml = order.file.parent / "surefoot.toml"
-    operations = gather(toml, os.environ, order.flags)
-    with stacks_if_stuck(seconds(operations.hang_after, name="hang_after")):
-        recipe_file = RecipeFile(order.file)
-        options = recipe_file.parse(order.settings)
-        recipe = recipe_file.make(options)
+    recipe, operations, origin = recipe_of(order)
     folder = RunFolder(order.out or Path("runs") / order.file.stem)
     if order.fresh and order.out is None:
         raise RunDirectoryError(
@@ -54,7 +50,6 @@ def run_order(order: Order, out: Console, err: Console) -> int:
             why="It moves what lies there aside, so you say where.",
             fix=f"Add --out {folder.path}.",
         )
-    origin = {"file": order.file.name, "path": str(order.file.resolve()), "options": options}
     built = build(recipe, folder, operations, origin=origin, fresh=order.fresh)
     command = shlex.join(["surefoot", *sys.argv[1:]])
     if built.run is None:
@@ -75,6 +70,29 @@ def run_order(order: Order, out: Console, err: Console) -> int:
     done = result(built)
     _verdict(done, time.monotonic() - begun, out, command)
     return EXIT_CODES.get(done.status, 1)
+
+
+def recipe_of(order: Order) -> tuple[Recipe, Operations, dict[str, Any]]:
+    """The recipe and operations that are asked for, and what is to be recorded of where they came from.
+
+    Raises:
+        UsageError: they are not in order.
+    """
+    toml = order.file.parent / "surefoot.toml"
+    operations = gather(toml, os.environ, order.flags)
+    with stacks_if_stuck(seconds(operations.hang_after, name="hang_after")):
+        recipe_file = RecipeFile(order.file)
+        options = recipe_file.parse(order.settings)
+        recipe = recipe_file.make(options)
+    return (
+        recipe,
+        operations,
+        {
+            "file": order.file.name,
+            "path": str(order.file.resolve()),
+            "options": options,
+        },
+    )
 
 
 def _verdict(done: Result, seconds: float | None, out: Console, command: str) -> None:

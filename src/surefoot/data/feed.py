@@ -54,7 +54,7 @@ class Feed:
     workers: int = 0
     prefetch: int = 2
     timeout_s: float = 600.0
-    notice: Callable[..., None] = _unheard
+    notice: Callable[..., object] = _unheard
     name: str = "data"
     _keyed: bool = field(init=False, repr=False)
 

@@ -18,6 +18,7 @@ _GROUPED = {"skipped", "would_skip", "checkpoint_failed", "worker_replaced", "la
 _APART = 200  # steps between incidents of one kind that are told of as one
 _MUCH_WAIT, _MUCH_CHECKPOINT, _MUCH_VALIDATION = 0.1, 0.05, 0.25
 _STILL, _GAP = 0.01, 0.1
+_LITTLE = 0.05  # of the first loss: what is so low may stay
 _TINY_CHANGE, _LARGE_CHANGE = 1e-6, 0.03
 
 
@@ -214,7 +215,7 @@ def _on_the_loss(log: Columns) -> list[Remark]:
                 "does-not-learn",
             )
         )
-    elif still > 0.4 and late.mean() > 0.5:
+    elif still > 0.4 and late.mean() > 0.5 and best[-1] > _LITTLE * abs(finite[0]):
         step = int(len(log["step"]) * (since + 1) / len(losses))
         remarks.append(
             Remark(

@@ -21,7 +21,7 @@ _COLLAPSE_STEPS = _COLLAPSE_BLOCKS * BLOCK
 
 Detector = str
 """``D0`` state not finite (raised by `heal`), ``D3`` level divergence, ``D4`` skip rate, ``D5`` hard
-streak, ``D6`` collapse.
+streak, ``D6`` collapse, ``D7`` a continued run does not repeat what was (raised by `course`).
 """
 
 

@@ -18,7 +18,7 @@ from zlib import crc32
 
 Event = dict[str, Any]
 _CRC = ', "crc": "'
-_GUARD_DID = ("quarantined", "rolled_back", "borne")
+_GUARD_DID = ("quarantined", "rolled_back", "borne", "released")
 
 
 class Events:

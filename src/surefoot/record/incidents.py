@@ -52,6 +52,7 @@ DETECTORS = {
     "D4": ("many updates had to be refused", "rolled-back"),
     "D5": ("updates in a row were not finite", "rolled-back"),
     "D6": ("the loss does not come down", "does-not-learn"),
+    "D7": ("a continued run did not repeat what was", "does-not-reproduce"),
 }
 """What each alarm of the guard says, and its runbook."""
 
@@ -98,6 +99,17 @@ def _quarantined(event: Event) -> Incident:
         evidence="samples " + ", ".join(map(str, ids)),
         action="their places in later batches are holes of weight zero",
         advice="Look at these samples; mend or remove them before the next run.",
+    )
+
+
+def _released(event: Event) -> Incident:
+    return _incident(
+        event,
+        f"{len(event['ids'])} samples that were left out were let in again",
+        "left-out-samples",
+        cause="a person decided so",
+        evidence="samples " + ", ".join(map(str, event["ids"])),
+        action="they take part from here on; one that breaks a step again is left out again",
     )
 
 
@@ -267,6 +279,7 @@ _KINDS: dict[str, Callable[[Event], Incident | None]] = {
     "skipped": _refused,
     "would_skip": _refused,
     "quarantined": _quarantined,
+    "released": _released,
     "rolled_back": _rolled_back,
     "borne": _borne,
     "alarm": _alarm,
@@ -377,7 +390,7 @@ def _clock(event: Event) -> str:
 
 
 def _why(event: Event) -> str:
-    return _redacted_text(str(event.get("reason", event.get("status", ""))).replace("|", "/"))
+    return str(event.get("reason", event.get("status", ""))).replace("|", "/")
 
 
 def _post_mortem(incident: Incident, about: Mapping[str, Any], events: Sequence[Event]) -> str:
@@ -385,7 +398,7 @@ def _post_mortem(incident: Incident, about: Mapping[str, Any], events: Sequence[
     timeline = "\n".join(
         f"| {_clock(e)} | {e.get('step', '')} | {e['kind']} | {_why(e)} |" for e in events[-_TIMELINE:]
     )
-    return f"""# Post-mortem (draft): {incident.title}
+    text = f"""# Post-mortem (draft): {incident.title}
 
 Run {about["run"]}, step {incident.step:,}, {when}. Runbook: {RUNBOOKS}/{incident.runbook}.md
 
@@ -420,3 +433,4 @@ Run {about["run"]}, step {incident.step:,}, {when}. Runbook: {RUNBOOKS}/{inciden
 
 * {incident.advice or "*To be filled in.*"}
 """
+    return _redacted_text(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from surefoot.durable import sync_directory
@@ -31,14 +32,15 @@ class Recorder:
             sync_directory(path)
         self.row = self._log.append
 
-    def event(self, kind: str, **facts: Any) -> None:
-        """Adds an event."""
+    def event(self, kind: str, **facts: Any) -> Path | None:
+        """Adds an event; the bundle of an incident that it leaves, if it does."""
         event = self._events.add(kind, **facts)
         self._log.note_events(self._events.num_events)
         if kind in LEAVE_A_BUNDLE or (kind == "ended" and facts.get("failure") in FAILURES_THAT_DO):
-            self._leave_bundle(event)
+            return self._leave_bundle(event)
+        return None
 
-    def _leave_bundle(self, event: Event) -> None:
+    def _leave_bundle(self, event: Event) -> Path | None:
         """Writes down what helps to understand an incident. The run does not depend on it, so a disk that
         does not take it is no further trouble.
         """
@@ -46,7 +48,8 @@ class Recorder:
             events, _ = read_events(self.folder.events_file)
             log = read_log(self.folder.steps).columns
             identity = self.folder.identity()
-            leave_bundle(self.folder.incidents, event, identity=identity, events=events, log=log)
+            return leave_bundle(self.folder.incidents, event, identity=identity, events=events, log=log)
+        return None
 
     def seal(self) -> OSError | None:
         """Writes all rows and events that wait; what the disk says if it does not take them."""

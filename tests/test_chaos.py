@@ -1,0 +1,148 @@
+"""Game days: each fault happens, is survived, and the report says so truly."""
+
+import json
+import shutil
+
+import pytest
+from conftest import ROOT, surefoot
+from test_replay import tree
+
+import surefoot as sf
+from surefoot.launch.faults import FAULTS
+
+RECIPE = ROOT / "tests/recipes/calm.py"
+EVERYTHING = ROOT / "tests/recipes/everything.py"
+
+
+@pytest.fixture(scope="module")
+def day(tmp_path_factory):
+    """All faults on one recipe: what the command reports, and where the runs lie."""
+    out = tmp_path_factory.mktemp("chaos") / "day"
+    done = surefoot(
+        "chaos", RECIPE, "--out", out, "--json", "--set", "data.workers=2", "--set", "data.timeout=3s"
+    )
+    assert done.stdout, done.stderr
+    return out, {one["fault"]: one for one in json.loads(done.stdout)}, done.returncode
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_fault_is_survived(day, name):
+    out, report, _ = day
+    played = report[name]
+    assert played["survived"] is True, played["why"]
+    view = sf.open_run(out / name)
+    assert played["status"] == view.status == "finished"
+    assert view.verify() == []
+    assert played["same_bits"] == (
+        view.summary()["digest"] == sf.open_run(out / "undisturbed").summary()["digest"]
+    )
+    if FAULTS[name].exact:
+        assert played["same_bits"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nan-samples", "skipped"),
+        ("huge-samples", "skipped"),
+        ("corrupt-block", "skipped"),
+        ("rate-x100", "rolled_back"),
+        ("bit-flip", "skipped"),
+        ("momentum", "skipped"),
+        ("overflow", "skipped"),
+        ("kill", "resumed"),
+        ("full-disk", "checkpoint_failed"),
+        ("lost-checkpoint", "resumed"),
+        ("flipped-checkpoint", "checkpoint_rejected"),
+        ("stalled-worker", "worker_replaced"),
+    ],
+)
+def test_it_really_happened(day, name, kind):
+    out, _, _ = day
+    assert kind in {e["kind"] for e in sf.open_run(out / name).events(all_events=True)}
+    assert kind in {"resumed"} or kind not in {
+        e["kind"] for e in sf.open_run(out / "undisturbed").events(all_events=True)
+    }
+
+
+def test_noisy_labels_and_a_slow_disk_happened(day):
+    out, _report, _ = day
+    calm, noisy = (sf.open_run(out / name).log()["loss"] for name in ("undisturbed", "label-noise"))
+    at = len(calm) // 2
+    assert (calm[:at] == noisy[:at]).all()
+    assert noisy[at : at + 40].mean() > 1.5 * calm[at : at + 40].mean()
+    slow = [e["seconds"] for e in sf.open_run(out / "slow-disk").events() if e["kind"] == "checkpointed"]
+    assert max(slow) > 1
+
+
+def test_the_exit_code_tells_whether_all_was_survived(day):
+    assert day[2] == 0
+
+
+def test_a_fault_that_is_not_survived_is_told(tmp_path):
+    done = surefoot(
+        "chaos",
+        RECIPE,
+        "guard=off",
+        "--fault",
+        "bit-flip",
+        "--out",
+        tmp_path / "day",
+        "--set",
+        "data.workers=0",
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "no" in done.stdout
+    assert "diverged" in done.stdout or "failed" in done.stdout
+
+
+def test_a_copy_is_gone_on_with_and_the_original_untouched(tmp_path):
+    run = tmp_path / "run"
+    first = surefoot("train", RECIPE, "--out", run, "--set", "budget.updates=200")
+    assert first.returncode == 4
+    before = tree(run)
+    done = surefoot(
+        "chaos",
+        RECIPE,
+        "--run",
+        run,
+        "--fault",
+        "kill",
+        "--fault",
+        "nan-samples",
+        "--out",
+        tmp_path / "day",
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    assert tree(run) == before
+    assert sf.open_run(tmp_path / "day/kill").summary()["attempts"] >= 3
+    shutil.rmtree(run)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([RECIPE, "--fault", "bitflip"], "bit-flip"),
+        (["nowhere.py"], "no such file"),
+        ([RECIPE, "speed=3"], "speed"),
+        ([RECIPE, "--at", "100000", "--fault", "kill"], "--at"),
+        ([RECIPE, "--run", "nowhere", "--fault", "kill"], "holds no run"),
+    ],
+)
+def test_bad_requests(tmp_path, arguments, says):
+    done = surefoot("chaos", *arguments, "--out", tmp_path / "day")
+    assert done.returncode == 2, done.stdout
+    assert says in done.stderr
+
+
+def test_what_a_recipe_cannot_have_is_not_run(tmp_path):
+    done = surefoot("chaos", RECIPE, "--fault", "stalled-worker", "--out", tmp_path / "day", "--json")
+    assert done.returncode == 0
+    (played,) = json.loads(done.stdout)
+    assert played["survived"] is None
+    assert "needs processes that read data" in played["why"]
+    again = surefoot("chaos", RECIPE, "--fault", "kill", "--out", tmp_path / "day")
+    assert again.returncode == 2
+    assert "not empty" in again.stderr

@@ -78,6 +78,7 @@ def surefoot_process(*arguments: str | Path, **options: Any) -> subprocess.Popen
 
 def surefoot(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """Runs the command line to its end."""
+    timeout = options.pop("timeout", 240)
     process = surefoot_process(*arguments, **options)
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -35,13 +35,13 @@ def recipe(guard: Literal["heal", "watch", "off"] = "heal") -> sf.Recipe:
     held_out = Points(1000, 2)
     return sf.Recipe(
         model=lambda: nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 4)),
-        data=sf.Dataset(Points(32 * 600, 1)),
+        data=sf.Dataset(Points(32 * 400, 1)),
         objective=sf.supervised(F.cross_entropy),
         optimizer=sf.SGD(lr=0.05, momentum=0.9),
         batch=sf.Batch(32),
-        until=600,
+        until=400,
         validation=sf.Validation(
-            sf.Arrays(held_out.x, held_out.y), metrics={"accuracy": accuracy}, every=600, batch=1000
+            sf.Arrays(held_out.x, held_out.y), metrics={"accuracy": accuracy}, every=400, batch=1000
         ),
         guard=sf.Guard(guard),
     )

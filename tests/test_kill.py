@@ -165,7 +165,7 @@ def test_killed_at_random_instants(tmp_path, uninterrupted, seed, settings):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("half", [0, 1])
 def test_killed_a_thousand_times(tmp_path, uninterrupted, half):
-    """Most processes are forked, so that half an hour is enough; one run in ten is started as by a shell."""
+    """Most processes are forked, which spares the imports; one run in ten is started as by a shell."""
     kills = runs = 0
     while kills < 500:
         settings = [(), ("optimizer=adamw",), ("tail=pad",), ("precision=bf16",)][runs % 4]

@@ -1,6 +1,7 @@
 """A run on a machine that fails: full, slow and lost disks, dead workers, hangs, stopped processes."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from conftest import ROOT, blobs, recipe, surefoot, surefoot_process
 
 import surefoot as sf
 from surefoot.checkpoint.store import DirectoryStore
+from surefoot.cli.recipe_file import RecipeFile
 from surefoot.keep import Auto
 from surefoot.record.rows import read_newest
 
@@ -287,6 +289,25 @@ def test_a_dead_or_hung_worker_is_named_and_replaced(tmp_path, trouble, reason):
     told = [sf.open_run(tmp_path / name).summary() for name in ("run", "calm")]
     assert told[0]["digest"] == told[1]["digest"]
     assert told[0]["ledger"] == told[1]["ledger"]
+
+
+def test_a_worker_that_stops_with_batches_ready_is_replaced(tmp_path):
+    """Its queue holds batches whose memory only it can hand over: taking one would wait without end."""
+    (tmp_path / "mine.py").write_text(WORKERS.replace("{trouble}", "pass").replace('"3ep"', '"10ep"'))
+    settings = {"data": {"workers": 2, "timeout": "2s"}, "progress": "off"}
+    loaded = RecipeFile(tmp_path / "mine.py")
+    stopped = False
+    for outcome in sf.steps(loaded.make({}), out=tmp_path / "run", operations=sf.Operations(**settings)):
+        if outcome.step == 5 and not stopped:
+            stopped = True
+            time.sleep(0.5)  # until its queue is full
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGSTOP)
+    view = sf.open_run(tmp_path / "run")
+    replaced = [e for e in view.events(all_events=True) if e["kind"] == "worker_replaced"]
+    assert [e["reason"] for e in replaced] == ["hung"]
+    calm = sf.fit(loaded.make({}), out=tmp_path / "calm")
+    assert view.summary()["digest"] == calm.digest
+    assert view.summary()["ledger"] == calm.ledger
 
 
 def test_workers_that_always_die_are_given_up_with_the_step(tmp_path):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from surefoot.data.plan import Plan
-from surefoot.data.workers import LOOKS_S, as_it_is, end, enter, next_of, started
+from surefoot.data.workers import LOOKS_S, Watch, as_it_is, end, enter, next_of, started
 from surefoot.errors import DataError, WorkerError
 from surefoot.keys import key, words
 from surefoot.protocols import KeyedSource
@@ -74,9 +74,10 @@ class Feed:
         step, num_replaced = start, 0
         while step < stop:
             workers = started(self._loader(step, stop))
+            watch = Watch(workers)
             try:
                 while step < stop:
-                    data, trouble = next_of(workers, self.timeout_s)
+                    data, trouble = next_of(workers, self.timeout_s, watch)
                     if trouble:
                         num_replaced += 1
                         self.notice("worker_replaced", step=step, source=self.name, **trouble)
@@ -86,6 +87,7 @@ class Feed:
                     yield self._minibatch(self.plan.at(step), data)
                     step, num_replaced = step + 1, 0
             finally:
+                watch.close()
                 end(workers)
 
     def _loader(self, start: int, stop: int) -> DataLoader[Tree]:

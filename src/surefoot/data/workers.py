@@ -38,16 +38,25 @@ def started(loader: DataLoader[Tree]) -> Iterator[Tree]:
         signal.signal(signal.SIGCHLD, before)
 
 
-def next_of(workers: Iterator[Tree], timeout_s: float) -> tuple[Tree, dict[str, Any]]:
+def next_of(workers: Iterator[Tree], timeout_s: float, watch: Watch) -> tuple[Tree, dict[str, Any]]:
     """The next rows; or, if none come, which workers died or hang."""
     begun = time.monotonic()
     while True:
+        watch.deadline = begun + timeout_s + LOOKS_S
         try:
             return next(workers), {}
-        except RuntimeError as error:
-            known = "exited unexpectedly" in str(error) or "timed out after" in str(error)
-            if not known:  # an error within the dataset
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            told = str(error)
+            if watch.ended:
+                return None, {"reason": "hung", "workers": watch.ended}
+            if "in DataLoader worker process" in told:  # an error within the dataset
                 raise
+            if not isinstance(error, RuntimeError):  # while a tensor was taken over: the batch is lost
+                return None, {"reason": "died", "workers": [p.pid for p in _processes(workers)]}
+            if "exited unexpectedly" not in told and "timed out after" not in told:
+                raise
+        finally:
+            watch.deadline = None
         processes = _processes(workers)
         dead = {p.pid: p.exitcode for p in processes if p.exitcode is not None}
         if dead:
@@ -55,6 +64,35 @@ def next_of(workers: Iterator[Tree], timeout_s: float) -> tuple[Tree, dict[str, 
             return None, {"reason": "died", "workers": sorted(dead), "exit_codes": codes}
         if time.monotonic() - begun > timeout_s:
             return None, {"reason": "hung", "workers": [p.pid for p in processes]}
+
+
+class Watch:
+    """Ends workers, from a thread, that hold up whoever waits for them beyond `deadline`.
+
+    Torch's own time limit does not hold while it takes a tensor over: the file descriptor of its memory
+    comes from the worker, over a socket, without any limit; a worker that was stopped never answers.
+
+    ended: the processes that were ended.
+    """
+
+    def __init__(self, workers: Any) -> None:
+        self.deadline: float | None = None
+        self.ended: list[int] = []
+        self._workers = workers
+        self._over = threading.Event()
+        threading.Thread(target=self._look, name="worker-watch", daemon=True).start()
+
+    def _look(self) -> None:
+        while not self._over.wait(LOOKS_S):
+            deadline = self.deadline
+            if deadline is not None and time.monotonic() > deadline:
+                self.ended = [p.pid for p in _processes(self._workers)]
+                end(self._workers)
+                return
+
+    def close(self) -> None:
+        """No longer."""
+        self._over.set()
 
 
 def end(workers: Any) -> None:

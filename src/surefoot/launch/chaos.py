@@ -232,10 +232,10 @@ def _apart(told: dict[str, float], clean: dict[str, float]) -> str:
     """Which metric is not within 2 % of the undisturbed run's, if any is not; better does not count, where
     more or less is known to be better.
     """
-    for name, then in clean.items():
+    judged = {n: x for n, x in clean.items() if n != "train_loss"} or clean
+    judged = {n: x for n, x in judged.items() if n != "loss"} or judged  # where there is something plainer
+    for name, then in judged.items():
         now = told.get(name, math.nan)
-        if name == "train_loss":  # of one batch
-            continue
         worse = now - then if "loss" in name or "error" in name else then - now
         if not worse <= _CLOSE * max(1.0, abs(then)):
             return f"{name} is {now:.4g}, and {then:.4g} undisturbed"

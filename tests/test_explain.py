@@ -156,7 +156,9 @@ def test_a_run_that_learns_nothing_by_heart_or_slowly(fit):
     assert "slow-convergence" in {r.runbook for r in explained(slow.run_dir).remarks}
     still = fit(data=sf.Arrays(x, y), optimizer=sf.SGD(lr=1e-9), until=200)
     assert "does-not-learn" in {r.runbook for r in explained(still.run_dir).remarks}
-    flat = fit(data=sf.Arrays(x, noise), model=lambda: nn.Linear(8, 3), optimizer=sf.SGD(lr=0.2), until=600)
+    flat = fit(
+        data=sf.Arrays(x, noise), model=lambda: nn.Linear(8, 3), optimizer=sf.SGD(lr=0.05), until=2000
+    )
     assert "plateau" in {r.runbook for r in explained(flat.run_dir).remarks}
 
 

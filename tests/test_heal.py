@@ -1,5 +1,6 @@
 """Divergence is recognised, undone and explained, alike in every repetition."""
 
+import json
 import math
 import random
 import shutil
@@ -12,13 +13,14 @@ import torch
 from conftest import ROOT, blobs, recipe, surefoot, surefoot_process
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scenarios import SCENARIOS, base, mixture, play, spoiling
+from scenarios import SCENARIOS, _mislabel, base, mixture, play, spoiling
 from test_kill import newest_step
 
 import surefoot as sf
 from surefoot.api import result, run_steps
 from surefoot.build import build
 from surefoot.guard.history import History, Intervention
+from surefoot.guard.review import Alarm
 from surefoot.operations import Operations
 from surefoot.record.folder import RunFolder
 
@@ -394,6 +396,42 @@ def test_a_budget_of_rollbacks(tmp_path):
     done = sf.fit(changed, out=tmp_path / "run")
     assert done.status == "diverged"
     assert "after 0 rollbacks" in sf.open_run(tmp_path / "run").summary()["reason"]
+
+
+@pytest.mark.parametrize("jump", [715, 760])
+def test_an_alarm_that_was_borne_is_not_raised_again_by_replays(tmp_path, jump):
+    """Random labels are borne at 608; the rate jumps later, and the replays begin at 600."""
+    schedule = sf.constant(over=jump) >> sf.constant(over=3) * 300.0 >> sf.constant()
+    noisy = base(0, sf.Guard(), spoil=spoiling(range(600, 640), _mislabel), schedule=schedule)
+    done = sf.fit(noisy, out=tmp_path / "run")
+    assert done.status == "finished", done.reason
+    assert len(events(tmp_path / "run", "borne")) >= 1
+    (back,) = events(tmp_path / "run", "rolled_back")
+    assert back["step"] == 600 < events(tmp_path / "run", "borne")[0]["step"]
+    assert "the learning rate jumped" in back["cause"]
+    assert done.metrics["accuracy"] > 0.88
+    assert sf.replay_step(noisy, tmp_path / "run", step=1100).verdict == "reproduced"
+
+
+@pytest.mark.parametrize("host", [True, False])
+def test_the_guards_state_survives_json(host):
+    def made():
+        watch = sf.Guard().build(torch.device("cpu"))
+        watch._on_host = host
+        return watch
+
+    one, other = made(), made()
+    for step in range(100):
+        loss, norm = (torch.tensor(x, dtype=torch.float64) for x in (1 / (step + 1), 1.0 + step % 3))
+        one.permit(loss, norm, step=step, scaled=False)
+        one.review(step=step, loss=loss.item(), verdict=0, permitted=True, expected=False)
+    one.layers.look("ab", [1e-9, 1.0])
+    one.pending = Alarm("D3", 90, 70, "why")
+    one.history = one.history.with_(Intervention("quarantine", 3, 2, 0.0, (5,)))
+    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert other.state_dict() == one.state_dict()
+    assert other.pending == one.pending
+    assert one.state_dict()["pending"] is not None
 
 
 # ---------------------------------------------------------------------------------- D7

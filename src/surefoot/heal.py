@@ -130,13 +130,15 @@ class Healer:
 
     def _go_back(self, step: int, history: History, replay: Replay) -> None:
         """Puts the run into the state after `step` updates; `history` holds from there on."""
-        elapsed_s, now = self.state.elapsed_s, self.parts.guard.history
+        guard = self.parts.guard
+        elapsed_s, now, told_slow = self.state.elapsed_s, guard.history, guard.reviewed.told_slow
         self.state.restore(self.nearest(step, now))
-        self.parts.guard.history = now
+        guard.history = now
         replay(step, known=True)
+        guard.reviewed.told_slow |= told_slow
         if self.state.step != step:
             raise StateError(f"step {step} could not be reached again: {self.state.step} was.")
-        self.state.elapsed_s, self.parts.guard.history = elapsed_s, history
+        self.state.elapsed_s, guard.history = elapsed_s, history
         if self._fits is not False and step not in self.memory:  # it is needed for each remedy
             self.memory[step] = self.state.snapshot().copy()
 
@@ -273,7 +275,7 @@ class Healer:
         exact = self.state.step >= self.own_from or alarm.detector == "D7"
         before = {row.step: row for row in self.rows}
         now: list[Row] = []
-        replay(min(self.total, alarm.step + 1), now)
+        replay(min(self.total, alarm.step + 1), now, known=True)
         for row in now:
             if row.step in before and not same_row(before[row.step], row, exact=exact):
                 return row.step

@@ -16,7 +16,7 @@ _FEW = 50  # steps, below which nothing is said about how the loss went
 _WINDOWS = 40
 _GROUPED = {"skipped", "would_skip", "checkpoint_failed", "worker_replaced", "layer", "hang"}
 _APART = 200  # steps between incidents of one kind that are told of as one
-_MUCH_WAIT, _MUCH_CHECKPOINT, _MUCH_VALIDATION = 0.1, 0.05, 0.25
+_MUCH_WAIT, _MUCH_CHECKPOINT, _MUCH_VALIDATION = 0.2, 0.05, 0.25
 _STILL, _GAP = 0.01, 0.1
 _LITTLE = 0.05  # of the first loss: what is so low may stay
 _TINY_CHANGE, _LARGE_CHANGE = 1e-6, 0.03
@@ -204,7 +204,10 @@ def _on_the_loss(log: Columns) -> list[Remark]:
         return []
     drop = finite[0] - finite.min()
     best = np.minimum.accumulate(np.where(np.isfinite(losses), losses, np.inf))
-    since = int(np.argmax(best <= best[-1] + _STILL * max(drop, 0)))  # nothing gained after this window
+    late_losses = losses[len(losses) // 2 :]
+    chance = 3 * float(np.nanmedian(np.abs(late_losses - np.nanmedian(late_losses))))
+    least = max(_STILL * max(drop, 0), min(chance, 0.1 * max(drop, 0)))
+    since = int(np.argmax(best <= best[-1] + least))  # nothing worth speaking of gained after this window
     still = 1 - (since + 1) / len(losses)
     late = rates[since:] > 0.1 * rates.max()
     if drop <= _STILL * abs(finite[0]):

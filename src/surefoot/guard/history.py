@@ -102,10 +102,11 @@ class History:
 
     def back_to(self, step: int, at: int, *, forget: int) -> History:
         """After a rollback: what was found out about samples holds from there on, but for what was found in
-        step `forget` or later, when all went wrong.
+        step `forget` or later, when all went wrong; and alarms that were borne are borne again.
         """
         kept = [i for i in self.interventions if i.kind != "quarantine" or i.at < forget]
-        moved = [i._replace(begins=min(i.begins, step)) if i.kind == "quarantine" else i for i in kept]
+        again = ("quarantine", "bear")
+        moved = [i._replace(begins=min(i.begins, step)) if i.kind in again else i for i in kept]
         return History((*moved, Intervention("rollback", step, at)), self.num_decided + 1)
 
     def found_since(self, step: int) -> tuple[int, ...]:

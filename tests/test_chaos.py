@@ -8,6 +8,7 @@ from conftest import ROOT, surefoot
 from test_replay import tree
 
 import surefoot as sf
+from surefoot.launch.chaos import _apart
 from surefoot.launch.faults import FAULTS
 
 RECIPE = ROOT / "tests/recipes/calm.py"
@@ -156,3 +157,33 @@ def test_what_a_recipe_cannot_have_is_not_run(day, tmp_path):
     again = surefoot("chaos", RECIPE, "--fault", "kill", "--out", out)
     assert again.returncode == 2
     assert "not empty" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("now", "then", "fine"),
+    [
+        ({"accuracy": 0.9, "loss": 9.0}, {"accuracy": 0.91, "loss": 0.1}, True),
+        ({"accuracy": 0.8}, {"accuracy": 0.9}, False),
+        ({"accuracy": 0.95}, {"accuracy": 0.9}, True),
+        ({"mse": 9e9, "loss": 0.1}, {"mse": 0.1, "loss": 0.1}, False),
+        ({"perplexity": float("inf")}, {"perplexity": 3.0}, False),
+        ({"loss": 0.001, "train_loss": 1.0}, {"loss": 0.0001, "train_loss": 0.1}, False),
+        ({"loss": 0.05}, {"loss": 0.1}, True),
+        ({"mine": 1.1}, {"mine": 1.0}, False),
+        ({}, {"accuracy": 0.9}, False),
+        ({"train_loss": 1.0}, {"train_loss": 0.5}, True),
+    ],
+)
+def test_how_the_ends_are_compared(now, then, fine):
+    assert (_apart(now, then) == "") == fine
+
+
+def test_a_copy_within_the_original_is_refused(tmp_path):
+    surefoot("train", RECIPE, "--out", tmp_path / "run", "--set", "budget.updates=100")
+    before = tree(tmp_path / "run")
+    done = surefoot(
+        "chaos", RECIPE, "--run", tmp_path / "run", "--out", tmp_path / "run/sub", "--fault", "kill"
+    )
+    assert done.returncode == 2
+    assert "lies within" in done.stderr
+    assert tree(tmp_path / "run") == before

@@ -494,3 +494,24 @@ def test_a_run_that_comes_back_right_is_left_alone(tmp_path):
     done = continued_after_a_kill(tmp_path)
     assert events(tmp_path / "killed", "alarm") == events(tmp_path / "killed", "rolled_back") == []
     assert done.interventions == 0
+
+
+@pytest.mark.parametrize(("first", "second"), [(None, 24), (24, None), (12, 11)])
+def test_another_physical_batch_is_no_fault_of_the_machine(tmp_path, first, second):
+    """A ragged tail takes one pass either way, and its row comes out with other bits."""
+    x, y = mixture(0, 500)
+    changed = {"data": sf.Arrays(x, y), "batch": sf.Batch(32), "until": 200, "schedule": sf.constant()}
+    ragged = base(0, sf.Guard(), **{k: v for k, v in changed.items() if k != "until"}, steps=200)
+
+    def operations(physical):
+        return Operations(checkpoint={"every": 50}, compute={"micro_batch": physical}, progress="off")
+
+    for outcome in sf.steps(ragged, out=tmp_path / "run", operations=operations(first)):
+        if outcome.step == 90:
+            shutil.copytree(tmp_path / "run", tmp_path / "killed")
+            break
+    (tmp_path / "killed/LOCK").unlink()
+    sf.fit(ragged, out=tmp_path / "killed", operations=operations(second))
+    assert events(tmp_path / "killed", "rolled_back") == events(tmp_path / "killed", "alarm") == []
+    for step in (15, 95, 130):
+        assert sf.replay_step(ragged, tmp_path / "killed", step=step).verdict in ("reproduced", "agrees")

@@ -126,13 +126,15 @@ def _to_be_repeated(folder: RunFolder, state: RunState) -> dict[int, tuple[Row, 
     """
     events, _ = read_events(folder.events_file)
     other = {e["attempt"] for e in events if e["kind"] == "resumed" and e.get("environment_changed")}
-    released = max((e["attempt"] for e in events if e["kind"] == "released"), default=0)
-    went_back = (e["interventions"] for e in events if e["kind"] == "rolled_back")
-    if max(went_back, default=0) > state.guard.history.num_decided:
+    history = state.guard.history
+    later = (e["interventions"] for e in events if e["kind"] in ("rolled_back", "released"))
+    if max(later, default=0) > history.num_decided:
+        return {}
+    if any(i.kind == "release" and i.begins == state.step for i in history.interventions):
         return {}
     log = lineage(read_log(folder.steps).columns)
     again = (log["step"] >= state.step) & (log["step"] < state.step + REMEMBERED)
-    again &= (log["attempt"] > released) & ~np.isin(log["attempt"], sorted(other))
+    again &= ~np.isin(log["attempt"], sorted(other))
     rows = zip(*(log[name][again].tolist() for name in (*Row._fields, "micro_batches")), strict=True)
     return {int(row[0]): (Row(*row[:-1]), int(row[-1])) for row in rows}
 

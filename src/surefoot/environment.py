@@ -15,7 +15,7 @@ import torch
 import surefoot
 
 
-def environment(device: torch.device, *, compiled: bool) -> dict[str, Any]:
+def environment(device: torch.device, *, compiled: bool, micro_batch: int | None) -> dict[str, Any]:
     """What the bits of a result depend on besides the recipe, and what helps to repeat it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
@@ -25,14 +25,41 @@ def environment(device: torch.device, *, compiled: bool) -> dict[str, Any]:
         "numpy": np.__version__,
         "platform": platform.platform(),
         "device": f"{device.type} ({name})",
+        "cpu": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels": _kernel_variables(),
         "threads": torch.get_num_threads(),
         "compiled": compiled,
+        "micro_batch": micro_batch,
     }
 
 
-DECIDES_BITS = ("torch", "device", "cpu_capability", "threads", "compiled")
+def _processor() -> str:
+    """Its model: libraries choose their kernels by it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _kernel_variables() -> str:
+    """Environment variables by which these libraries choose otherwise."""
+    names = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+    return " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+
+
+DECIDES_BITS = (
+    "torch", "device", "cpu", "cpu_capability", "kernels", "threads", "compiled", "micro_batch",
+)  # fmt: skip
 """Parts of the environment on which results agree to rounding only, if they differ."""
+
+
+def differing(then: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+    """These parts, of two environments, with both values; what an older version did not record does not
+    count.
+    """
+    return {k: [then[k], now[k]] for k in DECIDES_BITS if k in then and then[k] != now[k]}
 
 
 def command_line() -> list[str]:

@@ -272,11 +272,12 @@ class Healer:
 
     def _first_difference(self, alarm: Alarm, replay: Replay) -> int | None:
         """The first step whose replay gives other bits than it gave before."""
-        exact = self.state.step >= self.own_from or alarm.detector == "D7"
+        begins, resumed = self.state.step, alarm.detector == "D7"
         before = {row.step: row for row in self.rows}
         now: list[Row] = []
         replay(min(self.total, alarm.step + 1), now, known=True)
         for row in now:
+            exact = (row.step if resumed else begins) >= self.own_from
             if row.step in before and not same_row(before[row.step], row, exact=exact):
                 return row.step
         return alarm.step if alarm.detector == "D0" and self.parts.updater.finite() else None

@@ -177,7 +177,11 @@ def prepare(recipe: Recipe, operations: Operations, origin: Mapping[str, Any] | 
     identity |= {
         "total_updates": total,
         "groups": groups,
-        "environment": environment(device, compiled=operations.compute.compile == "on"),
+        "environment": environment(
+            device,
+            compiled=operations.compute.compile == "on",
+            micro_batch=operations.compute.micro_batch,
+        ),
         "command": command_line(),
         "commit": code_commit(),
     }

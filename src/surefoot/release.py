@@ -65,7 +65,7 @@ def release(path: str | Path, ids: Sequence[int] | None = None) -> tuple[list[in
         if unknown or not wanted:
             known = ", ".join(map(str, left_out)) or "none"
             raise RunDirectoryError(
-                f"{path}: {f'sample {unknown[0]} is' if unknown else 'no samples are'} not left out"
+                f"{path}: {f'sample {unknown[0]} is not' if unknown else 'no sample is'} left out"
                 f" in the state after step {checkpoint.step}.",
                 why=f"Left out are: {known}.",
             )

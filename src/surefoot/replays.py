@@ -19,7 +19,7 @@ from torch import Tensor
 
 from surefoot.checkpoint.store import DirectoryStore
 from surefoot.course import Course, callers_generators, replay
-from surefoot.environment import DECIDES_BITS
+from surefoot.environment import differing
 from surefoot.errors import RunDirectoryError, StateError
 from surefoot.heal import REMEMBERED
 from surefoot.operations import Operations
@@ -149,7 +149,7 @@ def _replay(
     made = prepare(recipe, operations, view.identity["origin"])
     same_run(view.identity, made.identity, view.path, fix="Give the recipe as it was: --recipe FILE.")
     now = made.identity["environment"]
-    changed = {k: [made_in.get(k), now[k]] for k in DECIDES_BITS if made_in.get(k) != now[k]}
+    changed = differing(made_in, now)
     store = DirectoryStore(RunFolder(view.path).checkpoints, run=view.identity["id"])
     told = _Rows()
     course = made.course(made.feed(told.event), store, told, deque(maxlen=REMEMBERED))
@@ -173,8 +173,9 @@ def _replay(
     replay(course, step + 1, [], known=True, told=told)
     first, rounding = _compare(log, told.rows)
     row = _row_of(log, step, view)
-    if row["micro_batches"] != told.rows[-1]["micro_batches"]:
-        changed["micro_batches"] = [int(r["micro_batches"]) for r in (row, told.rows[-1])]
+    between = (log["step"] >= begins) & (log["step"] <= step)
+    for attempt in sorted(set(log["attempt"][between].tolist())):
+        changed |= differing(_environment_of(view, attempt), now)
     return Replayed(
         step=step,
         begins=begins,
@@ -198,6 +199,8 @@ def _as_then(operations: Operations, made_in: dict[str, Any]) -> Operations:
         then["threads"] = made_in.get("threads")
     if operations.compute.compile == "auto":
         then["compile"] = "on" if made_in.get("compiled") else "off"
+    if operations.compute.micro_batch is None:
+        then["micro_batch"] = made_in.get("micro_batch")
     return operations.model_copy(update={"compute": operations.compute.model_copy(update=then)})
 
 
@@ -221,7 +224,15 @@ def _environment_of(view: RunView, attempt: float) -> dict[str, Any]:
 
 def _check_known(view: RunView, step: int, num_decided: int) -> None:
     """What the guard did after the newest checkpoint is told by events only, and not all of it."""
+    log = view.log()
     for event in view.events():
+        again = event["kind"] == "released" and (log["step"] >= event["step"]) & (log["step"] <= step)
+        if event["kind"] == "released" and (again & (log["attempt"] <= event["attempt"])).any():
+            raise RunDirectoryError(
+                f"{view.path}: samples were released at step {event['step']}, and the run not continued.",
+                why="The rows from there on were made without them.",
+                fix="Continue the run, or replay an earlier step.",
+            )
         if event.get("interventions", 0) > num_decided and event.get("step", 0) <= step:
             raise RunDirectoryError(
                 f"{view.path}: the guard acted ({event['kind']}) after the newest checkpoint.",

@@ -11,7 +11,7 @@ from surefoot.checkpoint.kept import Checkpoint, list_checkpoints
 from surefoot.checkpoint.retention import Retention
 from surefoot.checkpoint.snapshot import Snapshot
 from surefoot.checkpoint.store import DirectoryStore
-from surefoot.environment import DECIDES_BITS
+from surefoot.environment import DECIDES_BITS, differing
 from surefoot.errors import FormatError, RunDirectoryError, StateError
 from surefoot.identity import differences, digest_of
 from surefoot.mending import identity_of, put_away_log
@@ -103,8 +103,8 @@ def begin_or_continue(
         lock.release()
         raise
     now, then = identity["environment"], before["environment"]
-    changed = {k: [then.get(k), now[k]] for k in DECIDES_BITS if then.get(k) != now[k]}
-    opened.environment_changed = bool(changed)
+    changed = differing(then, now)
+    opened.environment_changed = bool(changed) or any(k not in then for k in DECIDES_BITS)
     _tell(opened, rejected, changed, state, folder, lock)
     return opened
 
@@ -236,7 +236,7 @@ def same_run(before: dict[str, Any], now: dict[str, Any], path: Path, *, fix: st
         RunDirectoryError: they are not; it shows where they differ.
     """
     lines = differences(*(d["origin"].get("options", {}) for d in (before, now)))
-    if before["environment"]["torch"] != now["environment"]["torch"]:  # may draw other first weights
+    if differing(before["environment"], now["environment"]):  # may draw or round other first weights
         now["recipe"]["model"]["initial"] = before["recipe"]["model"].get("initial")
     for part in ("recipe", "data", "plan"):
         lines += differences(before[part], now[part], part)

@@ -193,7 +193,7 @@ class RunView:
         """The newest checkpoint that the events tell of, if neither it nor a later one is there. (A kill
         may come between a checkpoint and its event, so later ones may be there that no event tells of.)
         """
-        names = [e["name"] for e in events if e["kind"] == "checkpointed"]
+        names = [e["name"] for e in events if e["kind"] in ("checkpointed", "released")]
         newest = max((checkpoint.seq for checkpoint in self.checkpoints()), default=0)
         if not names or newest >= int(names[-1].split("-")[0]):
             return []

@@ -335,7 +335,7 @@ def release(
             )
         came_back, step = release_samples(path, None if everything else ids)
         told = ", ".join(map(str, came_back[:20])) + (" ..." if len(came_back) > 20 else "")
-        out.print(f"{len(came_back)} samples take part again from step {step:,} on: {told}", soft_wrap=True)
+        out.print(f"from step {step:,} on these samples take part again: {told}", soft_wrap=True)
 
 
 @app.command()

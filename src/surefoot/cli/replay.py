@@ -35,8 +35,9 @@ def replay_run(
     """
     view = open_run(path)
     recipe_file = RecipeFile(file or _recipe_of(view))
-    if target is not None and not target.parent.is_dir():
-        raise OperationsError(f"--out {target}: there is no folder {target.parent}.")
+    if target is not None and (target.is_dir() or not target.parent.is_dir()):
+        what = "is a folder" if target.is_dir() else f"there is no folder {target.parent}"
+        raise OperationsError(f"--out {target}: {what}.", fix="Give a file.")
     operations = gather(recipe_file.path.parent / "surefoot.toml", os.environ, flags)
     recipe = recipe_file.make(recipe_file.check(view.identity["origin"].get("options", {})))
     done = replay_step(
@@ -44,7 +45,10 @@ def replay_run(
     )
     told = done.to_json()
     if target is not None:
-        target.write_text(json.dumps(tables.strict(told), indent=1) + "\n")
+        try:
+            target.write_text(json.dumps(tables.strict(told), indent=1) + "\n")
+        except OSError as error:
+            err.print(f"{target} could not be written: {error.strerror}", markup=False, style="yellow")
     if as_json:
         tables.print_json(told)
     else:

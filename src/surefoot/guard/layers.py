@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 _SPREAD = 1e-6
-_LOOKS = 3
+_LOOKS, _LOOKS_AT_ZERO = 3, 10
+"""In a row. Parts that are seldom used, such as experts, have no gradient in many batches."""
 
 
 class Sick(NamedTuple):
@@ -32,17 +33,21 @@ class Layers:
     told: list[str] = field(default_factory=list)
 
     def look(self, names: Sequence[str], rms: Sequence[float]) -> list[Sick]:
-        """Those that were found sick for the third time in a row now; each is told of once.
+        """Those that have been found sick often enough in a row now; each is told of once.
 
         Args:
-            names: of the weights, from input to output.
+            names: of the weights, as the model has them: from input to output, mostly.
             rms: root mean square of the gradient of each.
         """
         found = _sick(names, rms) if all(map(math.isfinite, rms)) else []
         self.seen = {f"{s.layer} {s.how}": 1 + self.seen.get(f"{s.layer} {s.how}", 0) for s in found}
-        now = [s for s in found if self.seen[f"{s.layer} {s.how}"] >= _LOOKS and s.layer not in self.told]
+        now = [s for s in found if self._often(s) and s.layer not in self.told]
         self.told += [s.layer for s in now]
         return now
+
+    def _often(self, sick: Sick) -> bool:
+        least = _LOOKS_AT_ZERO if sick.how == "is zero" else _LOOKS
+        return self.seen[f"{sick.layer} {sick.how}"] >= least
 
     def state_dict(self) -> dict[str, Any]:
         """JSON."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from surefoot.errors import RunDirectoryError, StateError, SurefootError
 from surefoot.launch.faults import FAULTS
+from surefoot.launch.supervise import die_with_parent
 from surefoot.record.rows import read_log
 from surefoot.run import RunView, open_run
 
@@ -82,6 +83,12 @@ class GameDay:
         first = 0
         if self.original is not None:
             view = open_run(self.original)
+            if self.folder.resolve().is_relative_to(self.original.resolve()):
+                raise RunDirectoryError(
+                    f"{self.folder} lies within {self.original}.", fix="Give another --out."
+                )
+            if view.status == "running":
+                raise RunDirectoryError(f"{self.original} is going on.", fix="Stop it first.")
             if view.status in ("finished", "stopped_early", "diverged"):
                 raise RunDirectoryError(
                     f"{self.original} has ended: {view.status}.",
@@ -100,6 +107,7 @@ class GameDay:
         total = self._clean.summary()["step"]
         self.at = self.at if self.at is not None else (first + total) // 2
         if not first < self.at < total:
+            shutil.rmtree(self.folder)
             raise RunDirectoryError(
                 f"--at {self.at} lies outside the {total - first:,} steps from {first:,} on.",
                 fix="Give a step between, and a run of some hundred steps.",
@@ -130,7 +138,8 @@ class GameDay:
         same = told["digest"] == clean["digest"] and told["ledger"] == clean["ledger"]
         why = ""
         if told["status"] not in ("finished", "stopped_early"):
-            why = f"{told['status']}: {told['reason'] or text.splitlines()[-1] if text else told['status']}"
+            last = text.splitlines()[-1] if text else ""
+            why = f"{told['status']}: {told['reason'] or last}"
         elif findings:
             why = f"{findings[0].file}: {findings[0].what}"
         elif fault.exact and not same:
@@ -200,6 +209,7 @@ class GameDay:
 
 
 def _in_child(train: Train, out: Path, fault: str, at: int, said: Path) -> None:
+    die_with_parent()
     with said.open("w") as file, Path(os.devnull).open("w") as nowhere:
         os.dup2(file.fileno(), sys.stderr.fileno())
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
@@ -228,16 +238,22 @@ def _harm(checkpoint: Path, *, lost: bool) -> None:
     file.write_bytes(data)
 
 
+_LOWER = ("loss", "error", "mse", "mae", "perplexity", "distance")
+_HIGHER = ("accuracy", "auc", "auroc", "f1", "precision", "recall", "r2", "iou")
+
+
 def _apart(told: dict[str, float], clean: dict[str, float]) -> str:
-    """Which metric is not within 2 % of the undisturbed run's, if any is not; better does not count, where
-    more or less is known to be better.
+    """Which metric is not within 2 % of the undisturbed run's, or better where it is known which way is
+    better. The validation loss counts if there is nothing plainer; the loss of the last batch does not.
     """
-    judged = {n: x for n, x in clean.items() if n != "train_loss"} or clean
-    judged = {n: x for n, x in judged.items() if n != "loss"} or judged  # where there is something plainer
-    for name, then in judged.items():
+    validated = {n: x for n, x in clean.items() if n != "train_loss"}
+    for name, then in ({n: x for n, x in validated.items() if n != "loss"} or validated).items():
         now = told.get(name, math.nan)
-        worse = now - then if "loss" in name or "error" in name else then - now
-        if not worse <= _CLOSE * max(1.0, abs(then)):
+        lower, higher = (any(w in name.lower() for w in words) for words in (_LOWER, _HIGHER))
+        off = (
+            now - then if lower and not higher else then - now if higher and not lower else abs(now - then)
+        )
+        if not (math.isfinite(now) and off <= _CLOSE * abs(then)):
             return f"{name} is {now:.4g}, and {then:.4g} undisturbed"
     return ""
 

@@ -110,7 +110,7 @@ class Supervisor:
             self._child = subprocess.Popen(
                 arguments,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
                 env={**os.environ, NOTE: note.name},
             )
             if self._stop:  # asked for meanwhile
@@ -190,7 +190,8 @@ def run_directory(command: Sequence[str]) -> Path:
     return Path("runs") / (Path(files[0]).stem if files else "unknown")
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Asks for SIGTERM when the parent of this process ends, however that ends."""
     with suppress(OSError, AttributeError):
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -105,7 +105,7 @@ def _quarantined(event: Event) -> Incident:
 def _released(event: Event) -> Incident:
     return _incident(
         event,
-        f"{len(event['ids'])} samples that were left out were let in again",
+        f"let in again, after they were left out: {len(event['ids'])} samples",
         "left-out-samples",
         cause="a person decided so",
         evidence="samples " + ", ".join(map(str, event["ids"])),
@@ -338,7 +338,17 @@ def leave_bundle(
 
 
 _SECRET = re.compile(r"key|token|secret|passw|pwd|credential|auth|cookie|session|private|salt|dsn", re.I)
-_IN_A_URL = re.compile(r"(\w+://)[^/\s@]+@")
+_REDACTED = (
+    (re.compile(r"(\w+://)[^\s@]+@"), r"\1(redacted)@"),
+    (
+        re.compile(r"([?&;][\w-]*(?:token|sig|key|secret|pass|auth|credential)[\w-]*=)[^&\s\"']+", re.I),
+        r"\1(redacted)",
+    ),
+    (re.compile(r"((?:passw\w*|token|secret|api_?key)\s*[=:]\s*)[^\s,;&\"']+", re.I), r"\1(redacted)"),
+    (re.compile(r"\b[\w.+-]+:[^\s:@/]+@(?=[\w.-]+)"), "(redacted)@"),
+    (re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_|sk-|xox[abp]-|AKIA|eyJ)[\w.-]{6,}"), "(redacted)"),
+)
+"""Addresses, their parameters, assignments and well-known kinds of tokens within a text."""
 _TOLD = re.compile(
     r"SUREFOOT_|OMP_|MKL_|OPENBLAS_|KMP_|CUDA_|CUBLAS_|NCCL_|NVIDIA_|TORCH|PYTORCH|PYTHON|SLURM_|HOSTNAME$"
     r"|LANG$|LC_|TZ$|MALLOC_|LD_PRELOAD$|RANK$|WORLD_SIZE$|LOCAL_RANK$"
@@ -367,7 +377,9 @@ def redacted(name: str, value: Any) -> Any:
 
 
 def _redacted_text(text: str) -> str:
-    return _IN_A_URL.sub(r"\1(redacted)@", text)
+    for pattern, instead in _REDACTED:
+        text = pattern.sub(instead, text)
+    return text
 
 
 def _redacted_command(words: Sequence[str]) -> list[str]:

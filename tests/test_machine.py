@@ -14,6 +14,7 @@ from conftest import ROOT, blobs, recipe, surefoot, surefoot_process
 
 import surefoot as sf
 from surefoot.checkpoint.store import DirectoryStore
+from surefoot.checkpoint.writer import Writer
 from surefoot.cli.recipe_file import RecipeFile
 from surefoot.keep import Auto
 from surefoot.record.rows import read_newest
@@ -249,6 +250,29 @@ def test_budgets_stop_with_a_checkpoint_and_exit_4(tmp_path):
     bad = surefoot("train", file, "--out", tmp_path / "b", "--set", "budget.cost=3")
     assert bad.returncode == 2
     assert "price_per_hour" in bad.stderr
+
+
+def test_auto_writes_one_state_at_a_time(tmp_path, monkeypatch):
+    """However long it takes: a second one would have to be copied into fresh memory."""
+    save, submit, asked, most = DirectoryStore.save, Writer.submit, [0], [0]
+
+    def slow(store, snapshot, step):
+        time.sleep(3.0)
+        asked[0] -= 1
+        return save(store, snapshot, step)
+
+    def counted(writer, snapshot, step):
+        asked[0] += 1
+        most[0] = max(most[0], asked[0])
+        submit(writer, snapshot, step)
+
+    monkeypatch.setattr(DirectoryStore, "save", slow)
+    monkeypatch.setattr(Writer, "submit", counted)
+    monkeypatch.setattr("surefoot.keep._LEAST_AUTO_S", 0.2)
+    for outcome in sf.steps(recipe(until=90), out=tmp_path / "run"):
+        time.sleep(0.02)
+        if outcome.step == 80:
+            assert most[0] == 1
 
 
 # ------------------------------------------------------------------------- processes

@@ -108,6 +108,8 @@ class Keeper:
             return True
         if self.writer.reserving:  # a moment later it is much cheaper
             return False
+        if isinstance(self.every, Auto) and self._asked:  # what one costs is known once it is written; and
+            return False  # a second one beside it would be copied into fresh memory, which takes longest
         every = self.every.interval_s(self._cost_s) if isinstance(self.every, Auto) else self.every
         return time.monotonic() - self._last >= every
 

@@ -43,6 +43,7 @@ def _console(*, stderr: bool) -> Console:
 out, err = _console(stderr=False), _console(stderr=True)
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any operations key.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
@@ -130,9 +131,7 @@ def train(
     compiled: Annotated[str | None, typer.Option("--compile", help="auto, on or off.")] = None,
     threads: Annotated[str | None, typer.Option(help="Threads of CPU kernels.")] = None,
     progress: Annotated[str | None, typer.Option(help="auto, on or off.")] = None,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any operations key.")
-    ] = None,
+    sets: Sets = None,
     wants_help: Annotated[bool, typer.Option("--help", help="Show this, and the options of FILE.")] = False,
 ) -> None:
     """Train a recipe. The same command again continues the run, or says that it has ended."""
@@ -222,9 +221,7 @@ def chaos(
     ] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="An empty folder for all runs.")] = None,
     as_json: AsJson = False,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any operations key.")
-    ] = None,
+    sets: Sets = None,
 ) -> None:
     """A game day: train undisturbed and with faults. What is survived, and at what cost?"""
     with _errors():
@@ -349,9 +346,7 @@ def replay(
         Path | None, typer.Option("--out", help="Also write all of it to this JSON file.")
     ] = None,
     as_json: AsJson = False,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any operations key.")
-    ] = None,
+    sets: Sets = None,
 ) -> None:
     """Take a step again: does it reproduce, bit for bit, and what was in it? Exit code 1 if it differs."""
     with _errors():

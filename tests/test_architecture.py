@@ -38,6 +38,7 @@ LONGER_FOR_A_REASON = {
     "export/explain.py": "one function per thing that is remarked on",
     "heal.py": "one story: going back, and what is tried",
     "cli/main.py": "one function per command, mostly signatures",
+    "launch/chaos.py": "one story: a game day",
     "launch/faults.py": "one small function per fault",
     "operations.py": "every key with its default and meaning",
     "optim/schedules.py": "one small class per schedule",

@@ -73,12 +73,12 @@ def _opened(file: Path) -> int:
         raise RunDirectoryError(f"{file.parent} cannot be written to: {error.strerror}.") from error
 
 
-def _is(fd: int, file: Path) -> bool:
-    """Whether that is still the file of this name."""
+def _is(fd: int, file: Path, *, if_gone: bool = False) -> bool:
+    """Whether that is still the file of this name; `if_gone`, if there is none."""
     try:
         mine, now = os.fstat(fd), os.stat(file)
     except FileNotFoundError:
-        return False
+        return if_gone
     return (mine.st_dev, mine.st_ino) == (now.st_dev, now.st_ino)
 
 
@@ -128,7 +128,7 @@ class Lock:
         Raises:
             RunDirectoryError: it is.
         """
-        self.lost = self.lost or (self._file.exists() and not _is(self._fd, self._file))
+        self.lost = self.lost or not _is(self._fd, self._file, if_gone=True)
         if self.lost:
             raise RunDirectoryError(
                 f"{self._file.parent} was taken over by another process.",

@@ -18,7 +18,8 @@ from torch import nn
 import surefoot as sf
 from surefoot.cli.explain import explain_run
 from surefoot.guard.layers import Layers
-from surefoot.record.incidents import DETECTORS, KINDS, LEAVE_A_BUNDLE, of_event, redacted, variables
+from surefoot.record.bundles import LEAVE_A_BUNDLE, redacted, variables
+from surefoot.record.incidents import DETECTORS, KINDS, of_event
 
 EVERYTHING = ROOT / "tests/recipes/everything.py"
 RUNBOOKS = {path.stem for path in (ROOT / "docs/runbooks").glob("*.md")} - {"README"}

@@ -168,25 +168,14 @@ class Healer:
         before, rules = self.parts.guard.history, self.parts.guard.rules
         slow, resumed = alarm.detector == "D6", alarm.detector == "D7"
         if not slow and not resumed and self._weights_are_sound(alarm):
-            bears = before.count("bear")
-            until = alarm.step + 1 + _BEAR * 2 ** min(bears, 8)
-            guard = self.parts.guard
-            guard.history = before.with_(Intervention("bear", alarm.step + 1, alarm.step, float(until)))
-            reason = (
-                f"{alarm.reason}. On batches from before the weights do as well as ever: it is the batches "
-                f"from step {alarm.onset} on that differ. Nothing is undone; watched until step {until}"
-            )
-            return {"step": alarm.step + 1, "detector": alarm.detector, "reason": reason}
+            return self._bear(alarm)
         rollbacks = [i for i in before.interventions if i.kind == "rollback"]
         if sum(i.at > alarm.step - _WINDOW for i in rollbacks) >= rules.max_rollbacks:
             return Stop(
                 f"{alarm.reason} (step {alarm.step}), after {len(rollbacks)} rollbacks",
                 "Lower the learning rate, or see the events: each rollback says what was tried.",
             )
-        target = max(0, alarm.onset - _HEALTHY) // EVERY * EVERY
-        again = [i for i in rollbacks if alarm.step - i.at < _AGAIN]
-        if again:  # it did not last: one state further back
-            target = max(0, min(target, again[-1].begins - EVERY))
+        target = _target(alarm, rollbacks)
         self.memory = {step: s for step, s in self.memory.items() if step <= target}
         compare = slow or target == 0  # there is no better state than where it comes to
         facts = {"step": target, "at": alarm.step, "detector": alarm.detector, "reason": alarm.reason}
@@ -240,6 +229,18 @@ class Healer:
             + "".join(f". {doubt}" for doubt in self.doubts),
             "Lower the learning rate, normalise the data, or look at how the model is initialised.",
         )
+
+    def _bear(self, alarm: Alarm) -> dict[str, Any]:
+        """Puts the alarm off, longer each time; the facts of it."""
+        guard = self.parts.guard
+        until = alarm.step + 1 + _BEAR * 2 ** min(guard.history.count("bear"), 8)
+        one = Intervention("bear", alarm.step + 1, alarm.step, float(until))
+        guard.history = guard.history.with_(one)
+        reason = (
+            f"{alarm.reason}. On batches from before the weights do as well as ever: it is the batches "
+            f"from step {alarm.onset} on that differ. Nothing is undone; watched until step {until}"
+        )
+        return {"step": alarm.step + 1, "detector": alarm.detector, "reason": reason}
 
     def _weights_are_sound(self, alarm: Alarm) -> bool:
         """Whether the losses on the batches before it began are what they were then: so it is not the
@@ -388,6 +389,15 @@ _CAUSES = {
     "clip": "gradients too long",
     "cut_rate": "the learning rate is too high",
 }
+
+
+def _target(alarm: Alarm, rollbacks: Sequence[Intervention]) -> int:
+    """How many updates the state has that the run is to go back to."""
+    target = max(0, alarm.onset - _HEALTHY) // EVERY * EVERY
+    again = [i for i in rollbacks if alarm.step - i.at < _AGAIN]
+    if again:  # it did not last: one state further back
+        target = max(0, min(target, again[-1].begins - EVERY))
+    return target
 
 
 def _on_the_way(then: History, now: History, step: int) -> bool:

@@ -8,9 +8,9 @@ from typing import Any
 
 from surefoot.durable import sync_directory
 from surefoot.errors import SurefootError
+from surefoot.record.bundles import FAILURES_THAT_DO, LEAVE_A_BUNDLE, leave_bundle
 from surefoot.record.events import Event, Events, read_events
 from surefoot.record.folder import RunFolder
-from surefoot.record.incidents import FAILURES_THAT_DO, LEAVE_A_BUNDLE, leave_bundle
 from surefoot.record.lock import Lock
 from surefoot.record.log import StepLog
 from surefoot.record.rows import read_log

@@ -413,6 +413,17 @@ def test_an_alarm_that_was_borne_is_not_raised_again_by_replays(tmp_path, jump):
     assert sf.replay_step(noisy, tmp_path / "run", step=1100).verdict == "reproduced"
 
 
+def test_a_way_back_that_passes_an_alarm_answered_before(tmp_path, monkeypatch):
+    """States lie in the store only: the way to 600 begins at 450, and an alarm was borne at 508."""
+    monkeypatch.setattr("surefoot.heal._MEMORY_SHARE", 0.0)
+    schedule = sf.constant(over=760) >> sf.constant(over=3) * 300.0 >> sf.constant()
+    noisy = base(0, sf.Guard(), spoil=spoiling(range(500, 540), _mislabel), schedule=schedule)
+    done = sf.fit(noisy, out=tmp_path / "run", operations=sf.Operations(checkpoint={"every": 450}))
+    assert done.status == "finished", done.reason
+    (back,) = events(tmp_path / "run", "rolled_back")
+    assert 450 < events(tmp_path / "run", "borne")[0]["step"] < back["step"] == 600
+
+
 @pytest.mark.parametrize("host", [True, False])
 def test_the_guards_state_survives_json(host):
     def made():

@@ -63,7 +63,7 @@ def is_finite(snapshot: Snapshot) -> bool:
 def _all_finite(tensor: Tensor) -> bool:
     """By numpy: a parallel kernel of torch, called from the writer's thread, would begin a second pool of
     OpenMP threads, and with more threads than cores the training thread's own no longer spin: all its steps
-    from then on took 12 % longer (a GPT on two cores).
+    from then on take longer (see the lab book).
     """
     plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     if not plain.is_floating_point() or not plain.numel():

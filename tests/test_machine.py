@@ -412,6 +412,25 @@ def contents(run: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in files}
 
 
+def test_no_ballast_is_left_in_a_directory_that_was_taken_over(tmp_path, monkeypatch):
+    """A process is stopped while it makes the file; when it wakes up the run is another's."""
+    run, allocate = tmp_path / "run", os.posix_fallocate
+    taken = sf.steps(recipe(until=400), out=run, operations=sf.Operations(**OFTEN))
+    next(taken)
+
+    def stopped(fd, at, size):
+        allocate(fd, at, size)
+        (run / "LOCK.new").touch()
+        (run / "LOCK.new").rename(run / "LOCK")
+
+    monkeypatch.setattr(os, "posix_fallocate", stopped)
+    (run / "BALLAST").unlink()
+    with pytest.raises(sf.RunDirectoryError, match="taken over"):
+        for _ in taken:
+            pass
+    assert not (run / "BALLAST").exists()
+
+
 def test_a_stopped_process_is_taken_over_and_cannot_write_any_more(tmp_path):
     file, run = ROOT / "tests/recipes/everything.py", tmp_path / "run"
     arguments = ("train", file, "epochs=3", "--out", run, "--set", "checkpoint.every=2")

@@ -12,6 +12,7 @@ from surefoot.checkpoint.kept import Checkpoint
 from surefoot.checkpoint.store import DirectoryStore, out_of_space
 from surefoot.checkpoint.writer import Writer, Written
 from surefoot.data.plan import Cadence
+from surefoot.errors import RunDirectoryError
 from surefoot.record.recorder import Recorder
 from surefoot.state import RunState
 
@@ -242,3 +243,8 @@ class Keeper:
                 os.close(fd)
         except OSError:
             self.ballast.unlink(missing_ok=True)
+        try:  # a process that was stopped just here writes into a directory that is another's by now
+            self.record.lock.check()
+        except RunDirectoryError:
+            self.ballast.unlink(missing_ok=True)
+            raise

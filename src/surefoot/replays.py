@@ -223,11 +223,14 @@ def _environment_of(view: RunView, attempt: float) -> dict[str, Any]:
 
 
 def _check_known(view: RunView, step: int, num_decided: int) -> None:
-    """What the guard did after the newest checkpoint is told by events only, and not all of it."""
+    """Refuses what cannot come out as logged: what the guard did after the newest checkpoint is told by
+    events only, and not all of it; and rows from before a release were made without the samples.
+    """
     log = view.log()
     for event in view.events():
-        again = event["kind"] == "released" and (log["step"] >= event["step"]) & (log["step"] <= step)
-        if event["kind"] == "released" and (again & (log["attempt"] <= event["attempt"])).any():
+        before = (log["step"] >= event.get("step", 0)) & (log["step"] <= step)
+        before &= log["attempt"] <= event["attempt"]
+        if event["kind"] == "released" and before.any():
             raise RunDirectoryError(
                 f"{view.path}: samples were released at step {event['step']}, and the run not continued.",
                 why="The rows from there on were made without them.",
@@ -252,14 +255,14 @@ def _compare(log: Columns, rows: list[dict[str, float]]) -> tuple[list[Differenc
         if place is None:
             continue
         pairs = [Difference(int(row["step"]), n, float(log[n][place]), row[n]) for n in names]
-        found = [d for d in pairs if d.logged != d.replayed and not (_nan(d.logged) and _nan(d.replayed))]
+        found = [
+            d
+            for d in pairs
+            if d.logged != d.replayed and not (math.isnan(d.logged) and math.isnan(d.replayed))
+        ]
         first = first or found
         largest = max([largest, *map(_relative, found)])
     return first, largest
-
-
-def _nan(number: float) -> bool:
-    return math.isnan(number)
 
 
 def _relative(difference: Difference) -> float:

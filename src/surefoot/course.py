@@ -21,6 +21,7 @@ import torch
 from surefoot.data.feed import Feed, leave_out
 from surefoot.data.plan import Cadence
 from surefoot.errors import RecipeError
+from surefoot.graph import Graph
 from surefoot.guard.detect import FINE, GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE, SAT_OUT
 from surefoot.guard.guard import Stop
 from surefoot.guard.review import Alarm
@@ -104,6 +105,7 @@ class Course:
     price_per_s: float = 0.0
     stop: StopRequest = field(default_factory=StopRequest)
     blames: bool = True
+    graph: Graph | None = None
     before: dict[int, tuple[Row, int]] = field(default_factory=dict)
     warned: dict[str, int] = field(default_factory=dict)
 
@@ -116,7 +118,9 @@ def update(course: Course, batch: Minibatch) -> tuple[Minibatch, float, Attempt]
         multiplier = history.multiplier(state.step, multiplier)
         holes = history.holes(state.step, batch.slots.ids)
         batch = batch if holes is None else leave_out(batch, holes)
-    attempt = train_step(course.parts, batch, multiplier)
+    attempt = course.graph(batch, multiplier) if course.graph is not None else None
+    if attempt is None:
+        attempt = train_step(course.parts, batch, multiplier)
     state.step += 1
     state.samples += batch.slots.num_samples
     return batch, multiplier, attempt

@@ -15,8 +15,10 @@ import torch
 import surefoot
 
 
-def environment(device: torch.device, *, compiled: bool, micro_batch: int | None) -> dict[str, Any]:
-    """What the bits of a result depend on besides the recipe, and what helps to repeat it."""
+def environment(device: torch.device, *, compiled: str, micro_batch: int | None) -> dict[str, Any]:
+    """What the bits of a result depend on besides the recipe, and what helps to repeat it. compiled: what is,
+    ``"step"``, ``"forward"`` or nothing.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "surefoot": surefoot.__version__,

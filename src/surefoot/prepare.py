@@ -6,7 +6,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from surefoot.checkpoint.snapshot import Snapshot
 from surefoot.checkpoint.store import DirectoryStore
+from surefoot.choice import Choice, Compiled, Question, choose
 from surefoot.course import Course, Record, first_failure
 from surefoot.data.feed import Feed
 from surefoot.data.plan import Cadence, Plan
@@ -27,7 +28,7 @@ from surefoot.errors import (
     SurefootError,
     nearest,
 )
-from surefoot.heal import Healer, Row
+from surefoot.heal import EVERY, Healer, Row
 from surefoot.identity import describe, describe_model
 from surefoot.keep import Auto
 from surefoot.keys import key
@@ -76,6 +77,7 @@ class Prepared:
     evaluation: Evaluation | None
     validate: Cadence | None
     keep_every: Cadence | float | Auto
+    choice: Choice
     identity: dict[str, Any]
 
     def initial(self) -> Snapshot:
@@ -122,6 +124,7 @@ class Prepared:
             schedule=self.schedule,
             total=self.total,
             healer=healer,
+            graph=self.choice.graph,
             told=told,
             evaluation=self.evaluation,
             validate=self.validate,
@@ -143,8 +146,16 @@ class Prepared:
         ]
 
 
-def prepare(recipe: Recipe, operations: Operations, origin: Mapping[str, Any] | None = None) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    operations: Operations,
+    origin: Mapping[str, Any] | None = None,
+    *,
+    kept: Compiled | None = None,
+) -> Prepared:
     """Checks a recipe with operations as far as that can be done before anything is written.
+
+    kept: what was compiled in the run that goes on or is replayed.
 
     Raises:
         UsageError: they do not fit.
@@ -174,12 +185,20 @@ def prepare(recipe: Recipe, operations: Operations, origin: Mapping[str, Any] | 
     parts, state, groups = _assemble(recipe, operations, model, device, plan, schedule)
     evaluation = _evaluation(recipe, operations, parts, plan)
     _check_watched(recipe, operations, schedule, evaluation, model)
+    feed = Feed(recipe.data, plan, recipe.seed, device)
+    question = Question(
+        asked=operations.compute.compile, kept=kept, parts=parts, state=state, total=total,
+        batches=lambda: (feed.at(0), feed.at(1)), eager_every=EVERY,
+    )  # fmt: skip
+    choice = choose(question)
+    if choice.compiled == "forward":
+        parts = replace(parts, objective=_compiled(recipe.objective))
     identity |= {
         "total_updates": total,
         "groups": groups,
         "environment": environment(
             device,
-            compiled=operations.compute.compile == "on",
+            compiled=choice.compiled,
             micro_batch=operations.compute.micro_batch,
         ),
         "command": command_line(),
@@ -199,6 +218,7 @@ def prepare(recipe: Recipe, operations: Operations, origin: Mapping[str, Any] | 
         evaluation=evaluation,
         validate=validate,
         keep_every=keep_every,
+        choice=choice,
         identity=json.loads(json.dumps(identity)),  # what is compared later is what was written
     )
 
@@ -241,7 +261,7 @@ def _assemble(
     micro = min(recipe.batch.micro or plan.batch_size, plan.batch_size)
     parts = Parts(
         model=model,
-        objective=_compiled(recipe.objective, operations),
+        objective=recipe.objective,
         weigh=recipe.objective.weigh if isinstance(recipe.objective, Weighing) else None,
         params=params,
         buffers=Buffers(model),
@@ -320,10 +340,7 @@ def _length(source: Any, name: str) -> int:
     return length
 
 
-def _compiled(objective: Objective, operations: Operations) -> Objective:
-    if operations.compute.compile != "on":
-        return objective
-
+def _compiled(objective: Objective) -> Objective:
     def forward(model: nn.Module, data: Any) -> Tensor | tuple[Tensor, Tensor]:
         return objective(model, data)
 

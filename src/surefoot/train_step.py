@@ -138,11 +138,11 @@ def losses_of(parts: Parts, batch: Minibatch) -> Tensor:
     """The loss of each sample, float64[B], in a step with this batch; nothing is changed."""
     parts.buffers.remember()
     found = []
-    for piece in _pieces(parts, batch):
+    for piece in pieces_of(parts, batch):
         if piece.begins_micro:
             seed_generators(word(word(parts.draws, batch.slots.step), piece.micro), parts.device)
         with parts.precision.forward():
-            found.append(_losses(parts, piece)[0].detach().double())
+            found.append(losses_and_weights(parts, piece.data, piece.num_rows)[0].detach().double())
     parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
     return torch.cat(found)
 
@@ -153,24 +153,20 @@ def accumulate(parts: Parts, batch: Minibatch) -> tuple[Tensor, int]:
     The batch's weight is known before the first backward pass if the objective can `weigh` or gives
     no weights; else sums are accumulated first and divided by it at the end.
     """
-    total = _known_weight(parts, batch)
-    pieces = list(_pieces(parts, batch))
+    total = known_weight(parts, batch)
+    pieces = list(pieces_of(parts, batch))
     loss_sum = weight_sum = before = None
     for piece in pieces:
         if piece.begins_micro:
             seed_generators(word(word(parts.draws, batch.slots.step), piece.micro), parts.device)
             before = torch.default_generator.get_state() if parts.physical < parts.micro else None
         with parts.precision.forward():
-            losses, weights = _losses(parts, piece)
+            losses, weights = losses_and_weights(parts, piece.data, piece.num_rows, piece.weights)
         if before is not None:
             _refuse_draws(parts, before)
         if total is None and (weights is None or len(pieces) == 1):
-            total = _batch_weight(parts, batch, weights)
-        if weights is None and isinstance(total, float) and total == piece.num_rows:  # the same bits
-            share = losses.mean()
-        else:
-            weighted = losses.sum() if weights is None else (losses * weights).sum()
-            share = weighted if total is None else weighted / total
+            total = batch_weight(parts, batch, weights)
+        share = share_of(losses, weights, total)
         scale = parts.precision.scale
         (share if scale is None else share * scale.scale).backward()  # type: ignore[no-untyped-call]
         detached = share.detach()
@@ -181,15 +177,25 @@ def accumulate(parts: Parts, batch: Minibatch) -> tuple[Tensor, int]:
     assert loss_sum is not None
     loss = parts.strategy.sum(loss_sum)
     if weight_sum is not None:
-        late = _positive(parts.strategy.sum(weight_sum))
+        late = positive(parts.strategy.sum(weight_sum))
         grads = [param.grad for param in parts.params if param.grad is not None]
         torch._foreach_div_(grads, late)
         loss = loss / late
     return loss, len(pieces)
 
 
+def share_of(losses: Tensor, weights: Tensor | None, total: Tensor | float | None) -> Tensor:
+    """What a piece adds to the loss of its batch, of the weight `total`: 0-d. Without that, a sum."""
+    if weights is None and isinstance(total, float) and total == len(losses):  # the same bits
+        return losses.mean()
+    weighted = losses.sum() if weights is None else (losses * weights).sum()
+    return weighted if total is None else weighted / total
+
+
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class Piece:
+    """Rows that go through the model at once. micro: number of their logical micro-batch."""
+
     data: Tree
     weights: Tensor | None
     num_rows: int
@@ -197,7 +203,7 @@ class _Piece:
     begins_micro: bool
 
 
-def _pieces(parts: Parts, batch: Minibatch) -> Iterator[_Piece]:
+def pieces_of(parts: Parts, batch: Minibatch) -> Iterator[Piece]:
     """The physical micro-batches of a batch."""
     share = parts.strategy.share(batch.num_rows)
     for micro, start in enumerate(range(share.start, share.stop, parts.micro)):
@@ -205,10 +211,10 @@ def _pieces(parts: Parts, batch: Minibatch) -> Iterator[_Piece]:
         for begin in range(start, stop, parts.physical):
             end = min(begin + parts.physical, stop)
             if end - begin == batch.num_rows:
-                yield _Piece(batch.data, batch.weights, batch.num_rows, 0, True)
+                yield Piece(batch.data, batch.weights, batch.num_rows, 0, True)
                 continue
             rows = slice(begin, end)
-            yield _Piece(
+            yield Piece(
                 take_rows(batch.data, rows, batch.num_rows),
                 None if batch.weights is None else batch.weights[rows],
                 end - begin,
@@ -217,19 +223,21 @@ def _pieces(parts: Parts, batch: Minibatch) -> Iterator[_Piece]:
             )
 
 
-def _losses(parts: Parts, piece: _Piece) -> tuple[Tensor, Tensor | None]:
-    """Losses of a piece, and weights where not all are 1."""
-    result = parts.objective(parts.model, piece.data)
+def losses_and_weights(
+    parts: Parts, data: Tree, num_rows: int, slot_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Losses of some rows, and weights where not all are 1."""
+    result = parts.objective(parts.model, data)
     losses, weights = result if isinstance(result, tuple) else (result, None)
     for what, values in (("losses", losses), ("weights", weights)):
         if values is None and what == "weights":
             continue
-        if not isinstance(values, Tensor) or values.shape != (piece.num_rows,):
+        if not isinstance(values, Tensor) or values.shape != (num_rows,):
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise RecipeError(
-                f"objective returned {what} of shape {got} for a micro-batch of {piece.num_rows}.",
+                f"objective returned {what} of shape {got} for a micro-batch of {num_rows}.",
                 why="Losses are per sample; surefoot weighs and averages them.",
-                fix=f"Return shape ({piece.num_rows},): reduction='none', then the mean over all "
+                fix=f"Return shape ({num_rows},): reduction='none', then the mean over all "
                 "dimensions but the first.",
             )
     if not losses.is_floating_point() or not losses.requires_grad:
@@ -242,8 +250,8 @@ def _losses(parts: Parts, piece: _Piece) -> tuple[Tensor, Tensor | None]:
         losses = losses.float()
     if weights is not None:
         weights = weights.detach()
-    if piece.weights is not None:
-        weights = piece.weights if weights is None else weights * piece.weights
+    if slot_weights is not None:
+        weights = slot_weights if weights is None else weights * slot_weights
     return losses, weights
 
 
@@ -261,24 +269,24 @@ def _refuse_draws(parts: Parts, before: Tensor) -> None:
     )
 
 
-def _known_weight(parts: Parts, batch: Minibatch) -> Tensor | float | None:
+def known_weight(parts: Parts, batch: Minibatch) -> Tensor | float | None:
     """The weight of the whole batch, if the objective tells it beforehand."""
     if parts.weigh is None:
         return None
     weights = parts.weigh(batch.data)
     if weights is not None and batch.weights is not None:
         weights = weights * batch.weights
-    return _batch_weight(parts, batch, weights)
+    return batch_weight(parts, batch, weights)
 
 
-def _batch_weight(parts: Parts, batch: Minibatch, weights: Tensor | None) -> Tensor | float:
+def batch_weight(parts: Parts, batch: Minibatch, weights: Tensor | None) -> Tensor | float:
     """Sum of weights over the whole batch and all processes; the number of samples if None."""
     if weights is None:
         return float(batch.slots.num_samples)
-    return _positive(parts.strategy.sum(weights.sum()))
+    return positive(parts.strategy.sum(weights.sum()))
 
 
-def _positive(weight: Tensor) -> Tensor:
+def positive(weight: Tensor) -> Tensor:
     """1 for a batch in which nothing counts: its loss and gradient are then zero, not NaN."""
     return torch.where(weight > 0, weight, 1)
 

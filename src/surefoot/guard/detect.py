@@ -27,6 +27,7 @@ _INFLATION = 1.03  # makes up for the variance that winsorising takes away
 _WINSOR, _LONG = 6.0, 3.0  # standard deviations
 _LONG_RATIO = math.log(2.0)
 _LEAST_DEVIATION = 0.05  # of the log norm
+_HIGH = 0.5  # of the first loss
 _TINY = 1e-30
 
 Scalar = Any
@@ -45,11 +46,12 @@ class Statistics(NamedTuple):
 
 class Decision(NamedTuple):
     """verdict: `FINE`, or why the update should be refused. clip: what its gradient is to be multiplied
-    by, at most 1.
+    by, at most 1. high: whether the loss is so high that it is a spike if the next one is, too.
     """
 
     verdict: Scalar
     clip: Scalar
+    high: Scalar
 
 
 class _Bounds(NamedTuple):
@@ -63,40 +65,45 @@ _USUAL = _Bounds(wild=6.0, ratio=math.log(10.0), wild_loss=12.0, rise=3.0)
 _EARLY = _Bounds(wild=12.0, ratio=math.log(30.0), wild_loss=12.0, rise=30.0)
 
 
-def judge(xp: Any, seen: Statistics | None, loss: Scalar, norm: Scalar, *, early: bool = False) -> Decision:
+def judge(
+    xp: Any, seen: Statistics | None, loss: Scalar, norm: Scalar, *, was_high: Scalar, early: bool = False
+) -> Decision:
     """The decision on a step with this loss and norm of its gradient, before clipping: arrays or tensors.
 
     seen: statistics of the steps before; None for the first, when only finiteness is asked for.
+    was_high: of the decision on the step before.
     early: within the burn-in, when only what is out of all proportion is refused, and nothing shortened.
 
     A gradient spike is more than 6 deviations and 10 times above what is usual; a loss spike more than 12
-    deviations (small batches have long tails), the first loss and 3 times the mean above the mean. A
+    deviations (small batches have long tails), the first loss and 3 times the mean above the mean; half the
+    first loss will do from the second such step in a row on, since long tails of the data do not last. A
     gradient more than 3 deviations and twice above what is usual is shortened to 2 deviations above it.
     """
     finite = xp.isfinite(loss) & xp.isfinite(norm)
     one = xp.ones_like(loss)
     if seen is None:
-        return Decision(xp.where(finite, one * FINE, one * NOT_FINITE), one)
+        return Decision(xp.where(finite, one * FINE, one * NOT_FINITE), one, loss != loss)
     bounds = _EARLY if early else _USUAL
     above, rise = _log(xp, norm) - seen.mean[0], loss - seen.mean[1]
     norm_deviation, loss_deviation = _deviations(xp, seen)
     spike = (above > bounds.wild * norm_deviation) & (above > bounds.ratio)
-    jump = (rise > bounds.wild_loss * loss_deviation) & (rise > bounds.rise * abs(seen.mean[1]))
-    jump = jump & (rise > abs(seen.first))
+    high = (rise > bounds.wild_loss * loss_deviation) & (rise > bounds.rise * abs(seen.mean[1]))
+    high = high & (rise > _HIGH * abs(seen.first))
+    jump = high & (was_high | (rise > abs(seen.first)))
     verdict = xp.where(spike, one * GRADIENT_SPIKE, xp.where(jump, one * LOSS_SPIKE, one * FINE))
     verdict = xp.where(finite, verdict, one * NOT_FINITE)
     if early:
-        return Decision(verdict, one)
+        return Decision(verdict, one, high)
     long = finite & (above > _LONG * norm_deviation) & (above > _LONG_RATIO)
-    return Decision(
-        verdict, xp.where(long, xp.exp(xp.where(long, 2.0 * norm_deviation - above, 0.0 * one)), one)
-    )
+    clip = xp.where(long, xp.exp(xp.where(long, 2.0 * norm_deviation - above, 0.0 * one)), one)
+    return Decision(verdict, clip, high)
 
 
-def calm_below(seen: Statistics) -> tuple[float, float]:
+def calm_below(seen: Statistics, *, early: bool = False) -> tuple[float, float]:
     """Loss and norm up to which a step is fine, and its gradient not long, without a closer look."""
     mean = [float(x) for x in seen.mean]
-    return mean[1] + abs(float(seen.first)), math.exp(min(mean[0], 700.0)) * 1.999
+    ratio = _EARLY.ratio if early else _LONG_RATIO
+    return mean[1] + _HIGH * abs(float(seen.first)), math.exp(min(mean[0], 700.0) + ratio) * 0.9995
 
 
 def take_up(xp: Any, seen: Statistics, values: Any) -> Statistics:

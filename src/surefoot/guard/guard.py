@@ -87,7 +87,7 @@ class Permit(NamedTuple):
 
 
 _YES, _NO = torch.tensor(True), torch.tensor(False)
-_CALM = Decision(0.0, 1.0)
+_CALM = Decision(0.0, 1.0, False)
 _GO = Permit(_YES, 0.0, 1.0)
 
 
@@ -114,6 +114,7 @@ class Watch:
         self._losses: list[Any] = []  # that are not taken up yet
         self._norms: list[Any] = []
         self._calm_loss = self._calm_norm = -math.inf
+        self._was_high: Any = False
 
     def permit(self, loss: Tensor, grad_norm: Tensor, *, step: int, scaled: bool) -> Permit:
         """Whether the update of `step` may be applied, and at what length; both numbers are 0-d tensors.
@@ -121,13 +122,13 @@ class Watch:
         scaled: fp16's loss scale needs updates that are not finite to be refused, whatever the mode.
         """
         if self._on_host:
-            return self._permit_on_host(loss.item(), grad_norm.item(), step, scaled)
+            return self.permit_on_host(loss.item(), grad_norm.item(), step=step, scaled=scaled)
         finite = (loss - loss) + (grad_norm - grad_norm) == 0  # inf - inf and NaN - NaN are NaN
         watched = Permit(finite if scaled else torch.ones_like(finite), 0.0, 1.0)
         if not self.on:
             return watched
         loss64, norm64 = loss.double(), grad_norm.double()
-        verdict, clip = self._judge(loss64, norm64)
+        verdict, clip, self._was_high = self._judge(loss64, norm64)
         self._take_up(loss64, norm64)
         if not self.heals:
             return watched._replace(verdict=verdict)
@@ -138,12 +139,30 @@ class Watch:
             verdict = torch.full_like(verdict, SAT_OUT)
         return Permit(verdict == FINE, verdict, clip)
 
-    def _permit_on_host(self, loss: float, norm: float, step: int, scaled: bool) -> Permit:
+    def lets_pass(self, step: int) -> tuple[float, float]:
+        """Loss and norm of the gradient up to which `permit` is certain to say yes, and to shorten nothing, on
+        a host.
+        """
+        if not self.on:
+            return math.inf, math.inf
+        loss, norm = self._calm_loss, self._calm_norm
+        if self._seen is None:
+            early = begin(*self._waiting()) if len(self._losses) >= EARLIEST else None
+            loss, norm = (math.inf, math.inf) if early is None else calm_below(early, early=True)
+        if self.heals and self.history.interventions:
+            if self.history.sits_out(step):
+                return -math.inf, -math.inf
+            limit = self.history.most_norm(step)
+            norm = norm if limit is None else min(norm, limit)
+        return loss, norm
+
+    def permit_on_host(self, loss: float, norm: float, *, step: int, scaled: bool) -> Permit:
+        """`permit`, with numbers."""
         if not self.on:
             bad = scaled and not (math.isfinite(loss) and math.isfinite(norm))
             return Permit(_NO if bad else _YES, FINE, 1.0)
         calm = -math.inf < loss <= self._calm_loss and norm <= self._calm_norm
-        verdict, clip = _CALM if calm else self._judge(loss, norm)
+        verdict, clip, self._was_high = _CALM if calm else self._judge(loss, norm)
         self._take_up(loss, norm)
         if not self.heals:
             return Permit(_NO if scaled and verdict == NOT_FINITE else _YES, verdict, 1.0)
@@ -162,10 +181,11 @@ class Watch:
         if seen is None and len(self._losses) >= EARLIEST:
             seen = begin(*self._waiting())
         if not self._on_host:
-            return judge(torch, seen, loss, norm, early=early)
+            return judge(torch, seen, loss, norm, was_high=self._was_high, early=early)
         with np.errstate(all="ignore"):
-            verdict, clip = judge(np, seen, np.float64(loss), np.float64(norm), early=early)
-        return Decision(float(verdict), float(clip))
+            numbers = np.float64(loss), np.float64(norm)
+            verdict, clip, high = judge(np, seen, *numbers, was_high=self._was_high, early=early)
+        return Decision(float(verdict), float(clip), bool(high))
 
     def _take_up(self, loss: Any, norm: Any) -> None:
         self._losses.append(loss)
@@ -226,6 +246,7 @@ class Watch:
             "seen": None
             if self._seen is None
             else [self._seen.mean.tolist(), self._seen.var.tolist(), float(self._seen.first)],
+            "was_high": bool(self._was_high),
             "review": self.reviewed.state_dict(),
             "layers": self.layers.state_dict(),
             "history": self.history.to_json(),
@@ -243,6 +264,7 @@ class Watch:
         self._seen = Statistics(array(seen[0]), array(seen[1]), seen[2]) if seen else None
         self._calm_loss = self._calm_norm = -math.inf
         self._set_bounds()
+        self._was_high = state.get("was_high", False)
         self.reviewed = Review()
         self.reviewed.load_state_dict(state.get("review", {}))
         self.layers.load_state_dict(state.get("layers", {}))

@@ -77,6 +77,10 @@ class Buffers:
             else:
                 live.copy_(kept if on_host else torch.where(permitted, live, kept))
 
+    def live(self) -> list[Tensor]:
+        """Those that the forward pass changes, as far as is known, as they are now."""
+        return [self._live(name) for name in self.changing]
+
     def _put(self, name: str, value: Tensor) -> None:
         buffers, leaf = self._owners[name]
         buffers[leaf] = value

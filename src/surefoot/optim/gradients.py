@@ -36,7 +36,7 @@ class ClipNorm:
     def __call__(self, grads: Sequence[Tensor], norm: Tensor) -> Tensor:
         """Clips `grads` in place; returns the norm after it."""
         factor = self.max_norm / (norm + 1e-6)
-        if norm.device.type != "cpu":
+        if norm.device.type != "cpu" or torch.compiler.is_compiling():
             factor = factor.clamp(max=1.0)
         elif factor.item() >= 1.0:
             return norm

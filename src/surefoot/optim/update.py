@@ -23,11 +23,11 @@ _WELL_KNOWN = {
     torch.optim.Adagrad,
     torch.optim.Adadelta,
 }
-_FAR_FROM_OVERFLOW = 1e15
+FAR_FROM_OVERFLOW = 1e15
 
 
 class Updater:
-    """Applies updates of an optimizer.
+    """Applies updates of an optimizer. well_known: it is torch's own, and divides by nothing below its eps.
 
     On a CPU the go-ahead is read at once, which costs nothing, and a refused update does not call the
     optimizer at all; so it holds for any optimizer. On a GPU, optimizers with ``fused=True`` take the
@@ -51,8 +51,8 @@ class Updater:
         groups = optimizer.param_groups
         self._largest_lr = max(float(g["lr"]) for g in groups)
         half = any(p.dtype == torch.float16 for p in self.params)  # in which 1e-8 is zero
-        self._well_known = type(optimizer) in _WELL_KNOWN and not half
-        self._well_known &= all(g.get("eps") != 0 and abs(g.get("momentum") or 0.0) < 1 for g in groups)
+        self.well_known = type(optimizer) in _WELL_KNOWN and not half
+        self.well_known &= all(g.get("eps") != 0 and abs(g.get("momentum") or 0.0) < 1 for g in groups)
         self._unmarked_step = _unmarked_step(optimizer)
         if self._asks_device:
             self._create_momentum()
@@ -123,7 +123,7 @@ class Updater:
         below its eps, with numbers whose squares and sums are far from overflowing.
         """
         largest = max(self._size, grad_norm.item()) * max(1.0, self._largest_lr * multiplier)
-        return self._well_known and largest < _FAR_FROM_OVERFLOW
+        return self.well_known and largest < FAR_FROM_OVERFLOW
 
     def _new_copies(self) -> tuple[_Flat, _Flat]:
         return _Flat(self.params), _Flat(self.params)

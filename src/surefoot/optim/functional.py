@@ -1,0 +1,109 @@
+"""Updates of torch's own optimizers as functions of tensors, for a step that is compiled whole.
+
+Torch's optimizer classes cannot be traced together with the pass that makes the gradients; the functions
+below them can.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim._adafactor import adafactor
+from torch.optim.adadelta import adadelta
+from torch.optim.adagrad import adagrad
+from torch.optim.adam import adam
+from torch.optim.nadam import nadam
+from torch.optim.rmsprop import rmsprop
+from torch.optim.sgd import sgd
+
+_ADAM = (adam, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"))
+_FUNCTIONS: dict[type[Optimizer], tuple[Callable[..., None], tuple[str, ...]]] = {
+    torch.optim.SGD: (sgd, ("momentum_buffer",)),
+    torch.optim.Adam: _ADAM,
+    torch.optim.AdamW: _ADAM,
+    torch.optim.NAdam: (nadam, ("exp_avg", "exp_avg_sq", "mu_product", "step")),
+    torch.optim.RMSprop: (rmsprop, ("square_avg", "grad_avg", "momentum_buffer", "step")),
+    torch.optim.Adagrad: (adagrad, ("sum", "step")),
+    torch.optim.Adadelta: (adadelta, ("square_avg", "acc_delta", "step")),
+    torch.optim.Adafactor: (adafactor, ("row_var", "col_var", "variance", "step")),
+}
+"""The function of each class, and the names of what it keeps per parameter, in the function's order."""
+
+Slots = list[list[list[Tensor | None]]]
+"""What an optimizer keeps: by group, by name, by parameter."""
+
+
+class FunctionalUpdate:
+    """The update of an optimizer that is one of torch's own, and has taken a step.
+
+    Args:
+        optimizer: the class itself, not one derived from it, without hooks: see `known`.
+        trained: those of its parameters that get gradients.
+    """
+
+    def __init__(self, optimizer: Optimizer, trained: Sequence[Tensor]) -> None:
+        self._optimizer = optimizer
+        self._function, self._names = _FUNCTIONS[type(optimizer)]
+        places = {id(p): i for i, p in enumerate(trained)}
+        self._groups = [[p for p in group["params"] if id(p) in places] for group in optimizer.param_groups]
+        self._places = [[places[id(p)] for p in group] for group in self._groups]
+        self._settings = [_settings(self._function, group) for group in optimizer.param_groups]
+        self._takes_none = self._function in (sgd, adafactor)
+        self._slots: Slots = []
+        self._of: Any = None
+
+    def slots(self) -> Slots:
+        """What the optimizer keeps now. Loading a state replaces it."""
+        if self._of is not self._optimizer.state:
+            state = self._optimizer.state
+            self._slots = [
+                [[state[p].get(n) for p in group] for n in self._names] for group in self._groups
+            ]
+            self._of = state
+        return self._slots
+
+    def __call__(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], slots: Slots, rates: Tensor
+    ) -> None:
+        """Updates `params` and `slots` in place, at ``rates[group]``; may be traced."""
+        for group, places in enumerate(self._places):
+            if not places:
+                continue
+            lists = [[] if kept[0] is None and not self._takes_none else kept for kept in slots[group]]
+            mine, theirs = [params[i] for i in places], [grads[i] for i in places]
+            self._function(mine, theirs, *lists, lr=rates[group], **self._settings[group])
+
+
+def known(optimizer: Optimizer) -> bool:
+    """Whether there is a function for it."""
+    return type(optimizer) in _FUNCTIONS and "step" not in vars(optimizer)
+
+
+def _settings(function: Callable[..., None], group: dict[str, Any]) -> dict[str, Any]:
+    """A group's options as keywords of the function."""
+    takes = inspect.signature(function).parameters
+    settings = {k: v for k, v in group.items() if k in takes and k not in ("params", "lr")}
+    if "betas" in group:
+        settings |= {"beta1": group["betas"][0], "beta2": group["betas"][1]}
+    if isinstance(group.get("eps"), tuple):
+        settings |= {"eps1": group["eps"][0], "eps2": group["eps"][1]}
+        del settings["eps"]
+    fixed = {
+        "foreach": True,
+        "fused": False,
+        "capturable": False,
+        "differentiable": False,
+        "has_sparse_grad": False,
+        "has_complex": False,
+        "grad_scale": None,
+        "found_inf": None,
+    }
+    settings |= {name: value for name, value in fixed.items() if name in takes}
+    if function is adafactor:
+        settings["foreach"] = False
+    return settings

@@ -94,10 +94,8 @@ def main() -> None:
 
 
 def _row(scenario: Any, runs: list[dict[str, Any]], clean: dict[int, float]) -> dict[str, Any]:
-    mine = {
-        mode: [r for r in runs if (r["row"], r["mode"]) == (scenario.number, mode)]
-        for mode in ("heal", "off")
-    }
+    number = scenario.number
+    mine = {m: [r for r in runs if (r["row"], r["mode"]) == (number, m)] for m in ("heal", "off")}
 
     def ratio(run: dict[str, Any]) -> float:
         if not math.isfinite(run["metric"]) or run["status"] == "diverged":

@@ -51,7 +51,7 @@ numbers = st.one_of(
 def test_a_device_decides_as_a_host_does(rows, mode):
     """What runs on a GPU, run on the CPU."""
     here, there = (sf.Guard(mode).build(torch.device("cpu")) for _ in range(2))
-    there._on_host = False
+    there.judge.on_host = False
     rng = np.random.default_rng(0)
     early = [(2 + 0.1 * rng.normal(), rng.lognormal()) for _ in range(rng.integers(0, 70))]
     for step, numbers_now in enumerate([*early, *rows]):
@@ -61,9 +61,9 @@ def test_a_device_decides_as_a_host_does(rows, mode):
         assert a.permitted.item() == b.permitted.item()
         assert a.verdict == float(b.verdict)
         assert a.clip == pytest.approx(float(b.clip), rel=1e-9)
-    assert (here._seen is None) == (there._seen is None)
-    if here._seen is not None:
-        for a, b in zip(here._seen, there._seen, strict=True):
+    assert (here.judge.seen is None) == (there.judge.seen is None)
+    if here.judge.seen is not None:
+        for a, b in zip(here.judge.seen, there.judge.seen, strict=True):
             assert np.asarray(a) == pytest.approx(np.asarray(b), rel=1e-9)
             assert np.isfinite(a).all()
 
@@ -445,7 +445,7 @@ def test_a_way_back_that_passes_an_alarm_answered_before(tmp_path, monkeypatch):
 def test_the_guards_state_survives_json(host):
     def made():
         watch = sf.Guard().build(torch.device("cpu"))
-        watch._on_host = host
+        watch.judge.on_host = host
         return watch
 
     one, other = made(), made()

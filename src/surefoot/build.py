@@ -16,6 +16,9 @@ import torch
 
 from surefoot.checkpoint.retention import Retention
 from surefoot.checkpoint.writer import Writer
+from surefoot.choice import Choice, Compiled, kept_choice
+from surefoot.environment import of_attempt
+from surefoot.errors import SurefootError
 from surefoot.guard.hang import stacks_if_stuck
 from surefoot.heal import REMEMBERED, Row
 from surefoot.keep import Keeper
@@ -79,15 +82,14 @@ def _build(
     origin: Mapping[str, Any] | None,
     fresh: bool,
 ) -> Build:
-    folder.holds_run()  # complain before the work
     threads_before = torch.get_num_threads()
-    made = prepare(recipe, operations, origin)
+    made = prepare(recipe, operations, origin, kept=None if fresh else _kept_choice(folder))
     state, groups = made.state, made.groups
     if fresh:
         folder.move_aside()
     opened = begin_or_continue(folder, made.identity, state, _retention(operations))
     record, ended, notes = opened.record, opened.ended, opened.notes
-    notes += _notes(recipe, operations)
+    notes += _notes(recipe, operations, made.choice)
     if record is None:
         return Build(folder, state, None, ended, notes, groups)
     keeper = Keeper(
@@ -117,6 +119,17 @@ def _build(
         keeps_samples=operations.incidents.samples,
     )
     return Build(folder, state, run, ended, notes, groups)
+
+
+def _kept_choice(folder: RunFolder) -> Compiled | None:
+    """What was compiled in the run that lies in a folder, if one does and tells."""
+    if not folder.holds_run():
+        return None
+    try:
+        begun = folder.identity()["environment"]
+    except SurefootError:  # to be looked into later
+        return None
+    return kept_choice(of_attempt(begun, read_events(folder.events_file)[0]))
 
 
 def _to_be_repeated(folder: RunFolder, state: RunState) -> dict[int, tuple[Row, int]]:
@@ -171,7 +184,8 @@ def _budget(operations: Operations, folder: RunFolder) -> Budget:
     )
 
 
-def _notes(recipe: Recipe, operations: Operations) -> list[str]:
+def _notes(recipe: Recipe, operations: Operations, choice: Choice) -> list[str]:
+    notes = [f"compiled: {choice.reason}"] if choice.compiled else []
     if operations.data.workers and not isinstance(recipe.data, KeyedSource):
-        return [f"data.workers = {operations.data.workers} is not needed: the source is gathered here"]
-    return []
+        notes.append(f"data.workers = {operations.data.workers} is not needed: the source is gathered here")
+    return notes

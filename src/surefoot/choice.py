@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from surefoot.errors import OperationsError, SurefootError
+from surefoot.errors import OperationsError
 from surefoot.graph import Graph, refusal
 from surefoot.state import RunState
 from surefoot.train_step import Parts, losses_of, probe, train_step
@@ -51,6 +51,14 @@ class Question(NamedTuple):
     eager_every: int
 
 
+def kept_choice(environment: Mapping[str, Any]) -> Compiled:
+    """What was compiled in an environment."""
+    found = environment.get("compiled")
+    if found is True:  # as the first versions noted it
+        return "forward"
+    return found if found in ("step", "forward") else ""
+
+
 def choose(q: Question) -> Choice:
     """The choice; the state is as before.
 
@@ -72,7 +80,9 @@ def choose(q: Question) -> Choice:
         begun = time.perf_counter()
         graph, why_not = _tried(q)
         if graph is not None:
-            return Choice("step", f"the whole step is one graph, made in {time.perf_counter() - begun:.1f} s", graph)
+            return Choice(
+                "step", f"the whole step is one graph, made in {time.perf_counter() - begun:.1f} s", graph
+            )
     if q.kept == "step" and q.asked == "auto":
         raise OperationsError(
             f"the steps of this run were compiled, and cannot be here: {why_not}",
@@ -91,7 +101,7 @@ def _against(q: Question) -> str:
     if q.total < _ENOUGH_UPDATES:
         return f"not compiled: under {_ENOUGH_UPDATES:,} updates it does not pay"
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with counter:
         losses_of(q.parts, q.batches()[0])
     if counter.get_total_flops() > _MOST_FLOPS:
         return "not compiled: the model's own arithmetic dominates"
@@ -106,19 +116,20 @@ def _tried(q: Question) -> tuple[Graph | None, str]:
     try:
         train_step(q.parts, first, 0.0)
         expected = probe(q.parts, second)
-        attempt = graph(second, 0.0)
-        with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[attr-defined]
-            graph(second, 0.0)
-    except SurefootError:
-        raise
-    except Exception as error:
-        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        try:
+            attempt = graph(second, 0.0)
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                graph(second, 0.0)
+        except Exception as error:
+            return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     finally:
         q.state.restore(before)
     if attempt is not None:
-        for name, here, there in zip(
-            ("loss", "gradient's norm"), expected, (attempt.loss.item(), attempt.grad_norm.item()), strict=True
-        ):
-            if not math.isclose(here, there, rel_tol=_TOLERANCE):
-                return None, f"the {name} of a step came out as {there:.6g}, and is {here:.6g}"
+        found = attempt.loss.item(), attempt.grad_norm.item()
+        if not all(map(_close, expected, found)):
+            return None, f"loss and gradient's norm of a step are {found}, and should be {expected}"
     return graph, ""
+
+
+def _close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=_TOLERANCE)

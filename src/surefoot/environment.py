@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import surefoot
 
 
 def environment(device: torch.device, *, compiled: str, micro_batch: int | None) -> dict[str, Any]:
-    """What the bits of a result depend on besides the recipe, and what helps to repeat it. compiled: what is,
-    ``"step"``, ``"forward"`` or nothing.
+    """What the bits of a result depend on besides the recipe, and what helps to repeat it. compiled: see
+    `surefoot.choice.Compiled`.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
@@ -62,6 +63,19 @@ def differing(then: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]
     count.
     """
     return {k: [then[k], now[k]] for k in DECIDES_BITS if k in then and then[k] != now[k]}
+
+
+def of_attempt(
+    begun: Mapping[str, Any], events: Iterable[Mapping[str, Any]], attempt: float | None = None
+) -> dict[str, Any]:
+    """What an attempt (the last, if none is given) ran on, as far as it decides about bits: by the
+    environment that the run began in, and its events.
+    """
+    found = dict(begun)
+    for event in events:
+        if event["kind"] == "resumed" and attempt in (None, event["attempt"]):
+            found |= {name: values[1] for name, values in event.get("environment_changed", {}).items()}
+    return found
 
 
 def command_line() -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
 from surefoot.keys import word
-from surefoot.optim.functional import FunctionalUpdate, Slots
+from surefoot.optim.functional import FunctionalUpdate, Slots, known
 from surefoot.optim.gradients import global_norm
 from surefoot.optim.update import FAR_FROM_OVERFLOW
 from surefoot.train_step import (
@@ -112,11 +112,8 @@ class Graph:
         """
         parts, update = self._parts, self._update
         assert update is not None
-        slots, scale = (
-            update.slots(),
-            None if parts.precision.scale is None else parts.precision.scale.scale,
-        )
-        buffers = self._buffers()
+        slots, buffers = update.slots(), parts.buffers.live()
+        scale = None if parts.precision.scale is None else parts.precision.scale.scale
         draws, total = word(parts.draws, batch.slots.step), known_weight(parts, batch)
         if self._whole is not None:
             torch.default_generator.manual_seed(word(draws, 0))
@@ -236,9 +233,7 @@ class _Called(nn.Module):
 
 
 def _shapes(data: Tree) -> list[Any]:
-    return [
-        (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves(data)
-    ]
+    return [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves(data)]
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -190,7 +190,12 @@ def prepare(
         asked=operations.compute.compile, kept=kept, parts=parts, state=state, total=total,
         batches=lambda: (feed.at(0), feed.at(1)), eager_every=EVERY,
     )  # fmt: skip
-    choice = choose(question)
+    try:
+        choice = choose(question)
+    except (SurefootError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise first_failure("first step", error) from error
     if choice.compiled == "forward":
         parts = replace(parts, objective=_compiled(recipe.objective))
     identity |= {

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from surefoot.checkpoint.store import DirectoryStore
+from surefoot.choice import kept_choice
 from surefoot.course import Course, callers_generators, replay
-from surefoot.environment import differing
+from surefoot.environment import differing, of_attempt
 from surefoot.errors import RunDirectoryError, StateError
 from surefoot.heal import REMEMBERED
 from surefoot.operations import Operations
@@ -146,7 +147,7 @@ def _replay(
     say: Callable[[str], None],
     begun: float,
 ) -> Replayed:
-    made = prepare(recipe, operations, view.identity["origin"])
+    made = prepare(recipe, operations, view.identity["origin"], kept=kept_choice(made_in))
     same_run(view.identity, made.identity, view.path, fix="Give the recipe as it was: --recipe FILE.")
     now = made.identity["environment"]
     changed = differing(made_in, now)
@@ -193,12 +194,10 @@ def _replay(
 
 
 def _as_then(operations: Operations, made_in: dict[str, Any]) -> Operations:
-    """With the threads and the compilation that the rows were made with, unless told otherwise."""
+    """With the threads that the rows were made with, unless told otherwise."""
     then: dict[str, Any] = {}
     if operations.compute.threads is None:
         then["threads"] = made_in.get("threads")
-    if operations.compute.compile == "auto":
-        then["compile"] = "on" if made_in.get("compiled") else "off"
     if operations.compute.micro_batch is None:
         then["micro_batch"] = made_in.get("micro_batch")
     return operations.model_copy(update={"compute": operations.compute.model_copy(update=then)})
@@ -214,12 +213,7 @@ def _row_of(log: Columns, step: int, view: RunView) -> dict[str, float]:
 
 
 def _environment_of(view: RunView, attempt: float) -> dict[str, Any]:
-    """What an attempt ran on, as far as it decides about bits."""
-    found = dict(view.identity["environment"])
-    for event in view.events(all_events=True):
-        if event["kind"] == "resumed" and event["attempt"] == attempt:
-            found |= {name: values[1] for name, values in event.get("environment_changed", {}).items()}
-    return found
+    return of_attempt(view.identity["environment"], view.events(all_events=True), attempt)
 
 
 def _check_known(view: RunView, step: int, num_decided: int) -> None:

@@ -6,26 +6,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from surefoot.errors import RecipeError
-from surefoot.guard.detect import (
-    BLOCK,
-    BURN_IN,
-    EARLIEST,
-    FINE,
-    NOT_FINITE,
-    SAT_OUT,
-    Decision,
-    Statistics,
-    begin,
-    calm_below,
-    judge,
-    take_up,
-)
+from surefoot.guard.detect import FINE, NOT_FINITE, SAT_OUT
 from surefoot.guard.history import History
+from surefoot.guard.judge import CALM, Judge
 from surefoot.guard.layers import Layers
 from surefoot.guard.review import Alarm, Review
 from surefoot.types import check_fields
@@ -87,7 +74,6 @@ class Permit(NamedTuple):
 
 
 _YES, _NO = torch.tensor(True), torch.tensor(False)
-_CALM = Decision(0.0, 1.0, False)
 _GO = Permit(_YES, 0.0, 1.0)
 
 
@@ -107,29 +93,22 @@ class Watch:
         self.reviewed = Review()
         self.layers = Layers()
         self.num_refused_in_a_row = 0
-        self._device = device
-        self._on_host = device.type == "cpu"
         self.on = rules.mode != "off"
-        self._seen: Statistics | None = None
-        self._losses: list[Any] = []  # that are not taken up yet
-        self._norms: list[Any] = []
-        self._calm_loss = self._calm_norm = -math.inf
-        self._was_high: Any = False
+        self.judge = Judge(device)
 
     def permit(self, loss: Tensor, grad_norm: Tensor, *, step: int, scaled: bool) -> Permit:
         """Whether the update of `step` may be applied, and at what length; both numbers are 0-d tensors.
 
         scaled: fp16's loss scale needs updates that are not finite to be refused, whatever the mode.
         """
-        if self._on_host:
+        if self.judge.on_host:
             return self.permit_on_host(loss.item(), grad_norm.item(), step=step, scaled=scaled)
         finite = (loss - loss) + (grad_norm - grad_norm) == 0  # inf - inf and NaN - NaN are NaN
         watched = Permit(finite if scaled else torch.ones_like(finite), 0.0, 1.0)
         if not self.on:
             return watched
-        loss64, norm64 = loss.double(), grad_norm.double()
-        verdict, clip, self._was_high = self._judge(loss64, norm64)
-        self._take_up(loss64, norm64)
+        norm64 = grad_norm.double()
+        verdict, clip, _ = self.judge.take(loss.double(), norm64)
         if not self.heals:
             return watched._replace(verdict=verdict)
         limit = self.history.most_norm(step)
@@ -140,15 +119,12 @@ class Watch:
         return Permit(verdict == FINE, verdict, clip)
 
     def lets_pass(self, step: int) -> tuple[float, float]:
-        """Loss and norm of the gradient up to which `permit` is certain to say yes, and to shorten nothing, on
-        a host.
+        """Loss and norm of the gradient up to which `permit` is certain to say yes, on a host, and not to
+        shorten it.
         """
         if not self.on:
             return math.inf, math.inf
-        loss, norm = self._calm_loss, self._calm_norm
-        if self._seen is None:
-            early = begin(*self._waiting()) if len(self._losses) >= EARLIEST else None
-            loss, norm = (math.inf, math.inf) if early is None else calm_below(early, early=True)
+        loss, norm = self.judge.certain_below()
         if self.heals and self.history.interventions:
             if self.history.sits_out(step):
                 return -math.inf, -math.inf
@@ -161,13 +137,12 @@ class Watch:
         if not self.on:
             bad = scaled and not (math.isfinite(loss) and math.isfinite(norm))
             return Permit(_NO if bad else _YES, FINE, 1.0)
-        calm = -math.inf < loss <= self._calm_loss and norm <= self._calm_norm
-        verdict, clip, self._was_high = _CALM if calm else self._judge(loss, norm)
-        self._take_up(loss, norm)
+        decision = self.judge.take(loss, norm)
+        verdict, clip, _ = decision
         if not self.heals:
             return Permit(_NO if scaled and verdict == NOT_FINITE else _YES, verdict, 1.0)
         if not self.history.interventions:
-            return _GO if calm else Permit(_YES if verdict == FINE else _NO, verdict, clip)
+            return _GO if decision is CALM else Permit(_YES if verdict == FINE else _NO, verdict, clip)
         limit = self.history.most_norm(step)
         if limit is not None and norm > limit:
             clip = min(clip, limit / norm)
@@ -175,49 +150,15 @@ class Watch:
             verdict = SAT_OUT
         return Permit(_YES if verdict == FINE else _NO, verdict, clip)
 
-    def _judge(self, loss: Any, norm: Any) -> Decision:
-        """The decision on these numbers; nothing is taken up."""
-        seen, early = self._seen, self._seen is None
-        if seen is None and len(self._losses) >= EARLIEST:
-            seen = begin(*self._waiting())
-        if not self._on_host:
-            return judge(torch, seen, loss, norm, was_high=self._was_high, early=early)
-        with np.errstate(all="ignore"):
-            numbers = np.float64(loss), np.float64(norm)
-            verdict, clip, high = judge(np, seen, *numbers, was_high=self._was_high, early=early)
-        return Decision(float(verdict), float(clip), bool(high))
-
-    def _take_up(self, loss: Any, norm: Any) -> None:
-        self._losses.append(loss)
-        self._norms.append(norm)
-        if len(self._losses) < (BURN_IN if self._seen is None else BLOCK):
-            return
-        xp, block = self._waiting()
-        self._seen = begin(xp, block) if self._seen is None else take_up(xp, self._seen, block)
-        self._losses, self._norms = [], []
-        self._set_bounds()
-
-    def _waiting(self) -> tuple[Any, Any]:
-        """Numpy or torch, and the losses and norms that are not taken up yet: float64[2, n]."""
-        if self._on_host:
-            return np, np.array((self._losses, self._norms))
-        return torch, torch.stack((torch.stack(self._losses), torch.stack(self._norms)))
-
-    def _set_bounds(self) -> None:
-        if self._seen is not None and self._on_host:
-            self._calm_loss, self._calm_norm = calm_below(self._seen)
-
     def usual_norm(self) -> float | None:
         """Of the gradient; None within the burn-in."""
-        return None if self._seen is None else math.exp(float(self._seen.mean[0]))
+        seen = self.judge.seen
+        return None if seen is None else math.exp(float(seen.mean[0]))
 
     def would_permit(self, loss: float, norm: float) -> bool:
         """Whether a step with these numbers would be permitted now; nothing is taken up."""
-        numbers = (loss, norm) if self._on_host else (self._tensor(loss), self._tensor(norm))
-        return float(self._judge(*numbers).verdict) == FINE
-
-    def _tensor(self, number: Any) -> Tensor:
-        return torch.tensor(number, dtype=torch.float64, device=self._device)
+        numbers = map(self.judge.tensor_or_float, (loss, norm))
+        return float(self.judge.decide(*numbers).verdict) == FINE
 
     def review(
         self, *, step: int, loss: float, verdict: int, permitted: bool, expected: bool
@@ -241,12 +182,7 @@ class Watch:
         """JSON."""
         return {
             "num_refused_in_a_row": self.num_refused_in_a_row,
-            "losses": [float(x) for x in self._losses],
-            "norms": [float(x) for x in self._norms],
-            "seen": None
-            if self._seen is None
-            else [self._seen.mean.tolist(), self._seen.var.tolist(), float(self._seen.first)],
-            "was_high": bool(self._was_high),
+            **self.judge.state_dict(),
             "review": self.reviewed.state_dict(),
             "layers": self.layers.state_dict(),
             "history": self.history.to_json(),
@@ -256,15 +192,7 @@ class Watch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` gave, or an earlier version's."""
         self.num_refused_in_a_row = state["num_refused_in_a_row"]
-        as_here = float if self._on_host else self._tensor
-        self._losses = [as_here(x) for x in state.get("losses", [])]
-        self._norms = [as_here(x) for x in state.get("norms", [])]
-        seen = state.get("seen")
-        array = np.array if self._on_host else self._tensor
-        self._seen = Statistics(array(seen[0]), array(seen[1]), seen[2]) if seen else None
-        self._calm_loss = self._calm_norm = -math.inf
-        self._set_bounds()
-        self._was_high = state.get("was_high", False)
+        self.judge.load_state_dict(state)
         self.reviewed = Review()
         self.reviewed.load_state_dict(state.get("review", {}))
         self.layers.load_state_dict(state.get("layers", {}))

@@ -95,6 +95,19 @@ def test_half_the_first_loss_is_a_spike_where_it_lasts_only():
     assert found[-1] == LOSS_SPIKE
 
 
+@given(st.lists(st.tuples(numbers, numbers.map(abs)), min_size=1, max_size=150), numbers, numbers.map(abs))
+def test_what_is_certain_to_pass_passes(rows, loss, norm):
+    """The bounds that the compiled step is given."""
+    guard = sf.Guard().build(torch.device("cpu"))
+    for step, (early_loss, early_norm) in enumerate(rows):
+        guard.permit_on_host(early_loss, early_norm, step=step, scaled=False)
+    most_loss, most_norm = guard.lets_pass(len(rows))
+    for a, b in ((loss, norm), (most_loss, most_norm), (most_loss, norm), (loss, most_norm)):
+        if math.isfinite(a) and math.isfinite(b) and a <= most_loss and b <= most_norm:
+            decision = guard.judge.decide(a, b)
+            assert decision == (0.0, 1.0, False)
+
+
 ids = st.lists(st.integers(0, 20), min_size=1, max_size=4).map(tuple)
 interventions = st.one_of(
     st.builds(

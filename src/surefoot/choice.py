@@ -24,7 +24,7 @@ from surefoot.types import Minibatch, leaves
 Compiled = Literal["step", "forward", ""]
 """What is compiled: the whole step, the forward pass and its losses, or nothing."""
 
-_ENOUGH_UPDATES = 50_000
+ENOUGH_UPDATES = 50_000
 _MOST_FLOPS = 20e6
 _TOLERANCE = 1e-2
 
@@ -98,8 +98,8 @@ def _against(q: Question) -> str:
     """What speaks against compiling by the rule, or nothing."""
     if q.parts.device.type != "cpu":
         return "not compiled: that is a rule for CPUs so far"
-    if q.total < _ENOUGH_UPDATES:
-        return f"not compiled: under {_ENOUGH_UPDATES:,} updates it does not pay"
+    if q.total < ENOUGH_UPDATES:
+        return f"not compiled: under {ENOUGH_UPDATES:,} updates it does not pay"
     counter = FlopCounterMode(display=False)
     with counter:
         losses_of(q.parts, q.batches()[0])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -71,6 +72,8 @@ class Graph:
         self._last: Callable[..., Tensor] | None = None
         self._update: FunctionalUpdate | None = None
         self._names: dict[str, Tensor] = {}
+        self._others: list[Tensor] = []  # trainable, without a gradient
+        self._buffers: list[str] = []
         self._bounds = torch.empty(3, dtype=torch.float64)
         self._rates = torch.empty(len(parts.base_lr), dtype=torch.float64)
         self._write_bounds, self._write_rates = self._bounds.numpy(), self._rates.numpy()
@@ -112,7 +115,7 @@ class Graph:
         """
         parts, update = self._parts, self._update
         assert update is not None
-        slots, buffers = update.slots(), parts.buffers.live()
+        slots, buffers = update.slots(), parts.buffers.live(self._buffers)
         scale = None if parts.precision.scale is None else parts.precision.scale.scale
         draws, total = word(parts.draws, batch.slots.step), known_weight(parts, batch)
         if self._whole is not None:
@@ -120,18 +123,19 @@ class Graph:
             row = self._whole(slots, buffers, batch.data, total, scale, self._bounds, self._rates)
             return row, 1
         assert self._last is not None
-        before = [b.clone() for b in buffers]
-        loss, grads, num_micro = None, [], 0
+        loss, grads, num_micro, after = None, [], 0, buffers
         for piece in pieces_of(parts, batch):
             num_micro += 1
             torch.default_generator.manual_seed(word(draws, piece.micro))
-            share, added = self._piece(piece.num_rows)(piece.data, piece.num_rows, total, scale)
+            share, added, after = self._piece(piece.num_rows)(
+                piece.data, piece.num_rows, after, total, scale
+            )
             if loss is None:
                 loss, grads = share, added
             else:
                 loss = loss + share
                 torch._foreach_add_(grads, added)
-        row = self._last(slots, buffers, before, loss, grads, scale, self._bounds, self._rates)
+        row = self._last(slots, buffers, after, loss, grads, scale, self._bounds, self._rates)
         return row, num_micro
 
     def _make(self, batch: Minibatch) -> None:
@@ -142,6 +146,9 @@ class Graph:
             name: p for name, p in parts.model.named_parameters() if p.requires_grad and p.grad is not None
         }
         self._update = FunctionalUpdate(parts.updater.optimizer, list(self._names.values()))
+        mine = {id(p) for p in self._names.values()}
+        self._others = [p.detach() for p in parts.params if id(p) not in mine]
+        self._buffers = list(parts.buffers.changing)
         self._shapes, self._num_rows = _shapes(batch.data), batch.num_rows
         one = parts.micro >= batch.num_rows
         self._whole = _compiled(self._whole_step) if one else None
@@ -164,19 +171,25 @@ class Graph:
         bounds: Tensor,
         rates: Tensor,
     ) -> Tensor:
-        before = [b.clone() for b in buffers]
-        loss, grads = self._gradients(data, self._num_rows, total, scale)
-        return self._finish(slots, buffers, before, loss, grads, scale, bounds, rates)
+        loss, grads, after = self._gradients(data, self._num_rows, buffers, total, scale)
+        return self._finish(slots, buffers, after, loss, grads, scale, bounds, rates)
 
     def _gradients(
-        self, data: Tree, num_rows: int, total: Tensor | float | None, scale: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """A piece's share of the loss, and of the gradients, times the loss scale."""
+        self,
+        data: Tree,
+        num_rows: int,
+        buffers: list[Tensor],
+        total: Tensor | float | None,
+        scale: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """A piece's share of the loss, and of the gradients, times the loss scale; and buffers after it."""
         parts = self._parts
 
-        def share(values: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        def share(values: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
+            after = [b.clone() for b in buffers]
+            named = {f"model.{name}": b for name, b in zip(self._buffers, after, strict=True)}
             with parts.precision.forward():
-                losses, weights = functional_call(self._called, values, (data, num_rows))
+                losses, weights = functional_call(self._called, {**values, **named}, (data, num_rows))
             weight = total
             if weight is None and weights is None:
                 weight = float(self._num_rows)
@@ -184,17 +197,17 @@ class Graph:
                 assert num_rows == self._num_rows, "weights that are known after the forward pass only"
                 weight = positive(weights.sum())
             found = share_of(losses, weights, weight)
-            return (found if scale is None else found * scale), found.detach()
+            return (found if scale is None else found * scale), (found.detach(), after)
 
         values = {f"model.{name}": p.detach() for name, p in self._names.items()}
-        grads, (_, loss) = grad_and_value(share, has_aux=True)(values)
-        return loss, list(grads.values())
+        grads, (_, (loss, after)) = grad_and_value(share, has_aux=True)(values)
+        return loss, list(grads.values()), after
 
     def _finish(
         self,
         slots: Slots,
         buffers: list[Tensor],
-        before: list[Tensor],
+        after: list[Tensor],
         loss: Tensor,
         grads: list[Tensor],
         scale: Tensor | None,
@@ -214,10 +227,12 @@ class Graph:
         old, old_kept = [p.clone() for p in params], [s.clone() for s in kept]
         update(params, grads, slots, rates)
         moved = global_norm([p - o for p, o in zip(params, old, strict=True)])
-        size = global_norm(old)
+        size = global_norm([*old, *self._others])
         applied = (loss <= bounds[0]) & (norm <= bounds[1]) & (size <= bounds[2]) & torch.isfinite(moved)
-        for now, then in zip([*params, *kept, *buffers], [*old, *old_kept, *before], strict=True):
+        for now, then in zip([*params, *kept], [*old, *old_kept], strict=True):
             now.copy_(torch.where(applied, now, then))
+        for now, then in zip(buffers, after, strict=True):
+            now.copy_(torch.where(applied, then, now))
         return torch.stack([n.double() for n in (loss, norm, moved / size, applied)])
 
 
@@ -236,6 +251,13 @@ def _shapes(data: Tree) -> list[Any]:
     return [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves(data)]
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, options=_OPTIONS)
+def _compiled(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method, compiled. It gets a code object of its own: torch keeps what it compiles there, and not
+    more than eight times; a process may make more runs than that.
+    """
+    function, owner = method.__func__, method.__self__  # type: ignore[attr-defined]
+    own = FunctionType(function.__code__.replace(), function.__globals__)
+    compiled: Callable[..., Any] = torch.compile(
+        MethodType(own, owner), fullgraph=True, dynamic=False, options=_OPTIONS
+    )
     return compiled

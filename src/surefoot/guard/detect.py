@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
+
 BURN_IN = 64
 BLOCK = 32
 EARLIEST = 1
@@ -24,11 +26,11 @@ FINE, NOT_FINITE, GRADIENT_SPIKE, LOSS_SPIKE, SAT_OUT = 0, 1, 2, 3, 4
 
 _KEEP = 0.98**BLOCK  # of the running statistics, per block
 _INFLATION = 1.03  # makes up for the variance that winsorising takes away
-_WINSOR, _LONG = 6.0, 3.0  # standard deviations
-_LONG_RATIO = math.log(2.0)
+_WINSOR = 6.0  # standard deviations
 _LEAST_DEVIATION = 0.05  # of the log norm
 _HIGH = 0.5  # of the first loss
 _TINY = 1e-30
+_NEARLY = 1 - 1e-9
 
 Scalar = Any
 """A float or a 0-d float64 tensor."""
@@ -59,10 +61,12 @@ class _Bounds(NamedTuple):
     ratio: float
     wild_loss: float
     rise: float
+    long: float
+    long_ratio: float
 
 
-_USUAL = _Bounds(wild=6.0, ratio=math.log(10.0), wild_loss=12.0, rise=3.0)
-_EARLY = _Bounds(wild=12.0, ratio=math.log(30.0), wild_loss=12.0, rise=30.0)
+_USUAL = _Bounds(6.0, math.log(10.0), wild_loss=12.0, rise=3.0, long=3.0, long_ratio=math.log(2.0))
+_EARLY = _Bounds(12.0, math.log(30.0), wild_loss=12.0, rise=30.0, long=12.0, long_ratio=math.log(30.0))
 
 
 def judge(
@@ -94,16 +98,22 @@ def judge(
     verdict = xp.where(finite, verdict, one * NOT_FINITE)
     if early:
         return Decision(verdict, one, high)
-    long = finite & (above > _LONG * norm_deviation) & (above > _LONG_RATIO)
+    long = finite & (above > bounds.long * norm_deviation) & (above > bounds.long_ratio)
     clip = xp.where(long, xp.exp(xp.where(long, 2.0 * norm_deviation - above, 0.0 * one)), one)
     return Decision(verdict, clip, high)
 
 
 def calm_below(seen: Statistics, *, early: bool = False) -> tuple[float, float]:
-    """Loss and norm up to which a step is fine, and its gradient not long, without a closer look."""
-    mean = [float(x) for x in seen.mean]
-    ratio = _EARLY.ratio if early else _LONG_RATIO
-    return mean[1] + _HIGH * abs(float(seen.first)), math.exp(min(mean[0], 700.0) + ratio) * 0.9995
+    """Loss and norm up to which `judge` finds a step fine, its loss not high, and its gradient not long; on a
+    host.
+    """
+    bounds = _EARLY if early else _USUAL
+    norm_deviation, loss_deviation = _deviations(np, seen)
+    above = max(bounds.long * norm_deviation, bounds.long_ratio)
+    first, mean = abs(seen.first), abs(seen.mean[1])
+    rise = max(bounds.wild_loss * loss_deviation, bounds.rise * mean, _HIGH * first)
+    norm = math.exp(min(seen.mean[0] + above, 700.0))
+    return float(seen.mean[1] + _NEARLY * rise), _NEARLY * norm
 
 
 def take_up(xp: Any, seen: Statistics, values: Any) -> Statistics:

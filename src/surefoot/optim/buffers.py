@@ -77,9 +77,9 @@ class Buffers:
             else:
                 live.copy_(kept if on_host else torch.where(permitted, live, kept))
 
-    def live(self) -> list[Tensor]:
-        """Those that the forward pass changes, as far as is known, as they are now."""
-        return [self._live(name) for name in self.changing]
+    def live(self, names: Iterable[str]) -> list[Tensor]:
+        """Some of them as they are now."""
+        return [self._live(name) for name in names]
 
     def _put(self, name: str, value: Tensor) -> None:
         buffers, leaf = self._owners[name]

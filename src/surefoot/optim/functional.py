@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim._adafactor import adafactor
 from torch.optim.adadelta import adadelta
 from torch.optim.adagrad import adagrad
 from torch.optim.adam import adam
@@ -30,7 +29,6 @@ _FUNCTIONS: dict[type[Optimizer], tuple[Callable[..., None], tuple[str, ...]]] =
     torch.optim.RMSprop: (rmsprop, ("square_avg", "grad_avg", "momentum_buffer", "step")),
     torch.optim.Adagrad: (adagrad, ("sum", "step")),
     torch.optim.Adadelta: (adadelta, ("square_avg", "acc_delta", "step")),
-    torch.optim.Adafactor: (adafactor, ("row_var", "col_var", "variance", "step")),
 }
 """The function of each class, and the names of what it keeps per parameter, in the function's order."""
 
@@ -53,7 +51,7 @@ class FunctionalUpdate:
         self._groups = [[p for p in group["params"] if id(p) in places] for group in optimizer.param_groups]
         self._places = [[places[id(p)] for p in group] for group in self._groups]
         self._settings = [_settings(self._function, group) for group in optimizer.param_groups]
-        self._takes_none = self._function in (sgd, adafactor)
+        self._takes_none = self._function is sgd
         self._slots: Slots = []
         self._of: Any = None
 
@@ -90,20 +88,14 @@ def _settings(function: Callable[..., None], group: dict[str, Any]) -> dict[str,
     settings = {k: v for k, v in group.items() if k in takes and k not in ("params", "lr")}
     if "betas" in group:
         settings |= {"beta1": group["betas"][0], "beta2": group["betas"][1]}
-    if isinstance(group.get("eps"), tuple):
-        settings |= {"eps1": group["eps"][0], "eps2": group["eps"][1]}
-        del settings["eps"]
     fixed = {
         "foreach": True,
         "fused": False,
-        "capturable": False,
+        "capturable": True,  # or a rate could not be a tensor
         "differentiable": False,
         "has_sparse_grad": False,
         "has_complex": False,
         "grad_scale": None,
         "found_inf": None,
     }
-    settings |= {name: value for name, value in fixed.items() if name in takes}
-    if function is adafactor:
-        settings["foreach"] = False
-    return settings
+    return settings | {name: value for name, value in fixed.items() if name in takes}

@@ -1,0 +1,292 @@
+"""The compiled step equals the eager one to rounding, and itself to the bit however it is interrupted."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import blobs, flat
+from torch import nn
+
+import surefoot as sf
+from surefoot.api import result, run_steps
+from surefoot.build import build
+from surefoot.operations import Operations
+from surefoot.record.folder import RunFolder
+
+COMPILED = Operations(compute={"compile": "on"}, checkpoint={"every": 7}, progress="off")
+EAGER = Operations(compute={"compile": "off"}, progress="off")
+CE = sf.supervised(F.cross_entropy)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+class Normed(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
+
+
+def large():
+    return nn.Sequential(nn.Linear(8, 1500), nn.Linear(1500, 1500), nn.Linear(1500, 3))
+
+
+class Tied(nn.Module):
+    """Two layers share a weight, one is frozen, and one is never used."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.b.weight = self.a.weight
+        self.frozen, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x):
+        return self.out(self.b(torch.tanh(self.frozen(self.a(x)))))
+
+
+class Branching(nn.Module):
+    """Its control flow depends on the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.layer(x if x.sum().item() > 0 else -x)
+
+
+def weighted(model, data):
+    x, y = data
+    return F.cross_entropy(model(x), y, reduction="none"), 1.0 + (y == 0).float()
+
+
+class Weighing:
+    def __call__(self, model, data):
+        return weighted(model, data)
+
+    def weigh(self, data):
+        return 1.0 + (data[1] == 0).float()
+
+
+def recipe(**changes):
+    settings = {
+        "model": mlp, "data": sf.Arrays(*blobs(200, classes=3)), "objective": CE,
+        "optimizer": sf.SGD(lr=0.05, momentum=0.9), "schedule": sf.warmup(5) >> sf.cosine(),
+        "batch": sf.Batch(20), "gradient": (sf.clip_norm(1.0),), "until": 30,
+    }  # fmt: skip
+    return sf.Recipe(**(settings | changes))
+
+
+OPTIMIZERS = {
+    "sgd": sf.SGD(lr=0.05),
+    "momentum": sf.SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    "adam": sf.Adam(lr=1e-3, weight_decay=1e-2),
+    "amsgrad": sf.Adam(lr=1e-3, amsgrad=True),
+    "adamw": sf.AdamW(lr=1e-3),
+    "fused adamw": sf.AdamW(lr=1e-3, fused=True),
+    "nadamw": sf.NAdamW(lr=1e-3),
+    "rmsprop": sf.RMSprop(lr=1e-3, momentum=0.9, centered=True),
+    "adagrad": sf.Adagrad(lr=1e-2),
+    "adadelta": sf.Adadelta(lr=0.5),
+}
+CASES = {
+    **{f"optimizer {name}": {"optimizer": spec} for name, spec in OPTIMIZERS.items()},
+    "clip value": {"gradient": (sf.clip_value(0.01), sf.clip_norm(0.05))},
+    "no transform": {"gradient": ()},
+    "bf16": {"precision": "bf16"},
+    "fp16": {"precision": "fp16"},
+    "batch norm and dropout": {"model": Normed},
+    "tied, frozen, unused": {"model": Tied, "optimizer": sf.AdamW(lr=1e-3)},
+    "float64": {
+        "model": lambda: mlp().double(),
+        "data": sf.Arrays(blobs(200, classes=3)[0].astype("float64"), blobs(200, classes=3)[1]),
+    },
+    "accumulation": {"batch": sf.Batch(20, micro=8)},
+    "accumulation with dropout": {"batch": sf.Batch(20, micro=10), "model": Normed},
+    "weights": {"objective": weighted},
+    "weights known before, accumulated": {"objective": Weighing(), "batch": sf.Batch(20, micro=8)},
+    "groups": {"groups": (sf.Group("0.*", lr=0.1),)},
+    "guard off": {"guard": sf.Guard("off")},
+    "watched": {"guard": sf.Guard("watch")},
+    "a short last batch": {"data": sf.Arrays(*blobs(195, classes=3))},
+}
+
+
+def run(changed, out, operations):
+    built = build(changed, RunFolder(out), operations)
+    for _ in run_steps(built):
+        pass
+    return result(built), built
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_equals_the_eager_step_to_rounding(name, tmp_path):
+    changed = recipe(**CASES[name])
+    eager, _ = run(changed, tmp_path / "eager", EAGER)
+    compiled, _ = run(changed, tmp_path / "compiled", COMPILED)
+    view = sf.open_run(tmp_path / "compiled")
+    assert view.identity["environment"]["compiled"] == "step"
+    loose = "16" in name
+    torch.testing.assert_close(
+        flat(compiled.model), flat(eager.model), rtol=2e-2 if loose else 1e-4, atol=2e-3 if loose else 2e-6
+    )
+    assert compiled.ledger == eager.ledger
+    one, other = sf.open_run(tmp_path / "eager").log(), view.log()
+    for column in (
+        "step",
+        "epoch",
+        "samples",
+        "batch_samples",
+        "micro_batches",
+        "permitted",
+        "verdict",
+        "lr",
+    ):
+        assert one[column].tolist() == other[column].tolist(), column
+    for column in ("loss", "grad_norm", "guard_clip", "loss_scale"):
+        np.testing.assert_allclose(other[column], one[column], rtol=5e-2 if loose else 1e-3)
+    measured = np.isfinite(one["update_ratio"])
+    np.testing.assert_allclose(
+        other["update_ratio"][measured], one["update_ratio"][measured], rtol=0.2 if loose else 1e-2
+    )
+
+
+# ---------------------------------------------------------------------------------- exactly alike
+
+
+@pytest.mark.parametrize("name", ["optimizer adamw", "batch norm and dropout", "accumulation with dropout"])
+def test_an_interrupted_run_is_alike_to_the_bit(name, tmp_path):
+    changed = recipe(**CASES[name])
+    whole, _ = run(changed, tmp_path / "whole", COMPILED)
+    for stop in (0, 1, 12, 20):
+        for outcome in sf.steps(changed, out=tmp_path / "parts", operations=COMPILED):
+            if outcome.step >= stop:
+                break
+    parts, _ = run(changed, tmp_path / "parts", COMPILED)
+    assert (parts.digest, parts.ledger) == (whole.digest, whole.ledger)
+    assert sf.replay_step(changed, tmp_path / "parts", step=25).differences == []
+
+
+def diverging(**changes):
+    """The rate jumps; and one sample is not a number."""
+    x, y = blobs(6000, classes=3)
+    x[77, 0] = math.nan
+    schedule = sf.constant(over=500) >> sf.constant(over=3) * 3000.0 >> sf.cosine(to=0.1)
+    return recipe(
+        data=sf.Arrays(x, y), batch=sf.Batch(16), schedule=schedule, until=700, gradient=(), **changes
+    )
+
+
+def test_the_guard_decides_alike_and_a_healed_run_is_alike_to_the_bit(tmp_path):
+    eager, _ = run(diverging(), tmp_path / "eager", EAGER)
+    whole, _ = run(diverging(), tmp_path / "whole", COMPILED)
+    for stop in (450, 502, 505, 600):
+        for outcome in sf.steps(diverging(), out=tmp_path / "parts", operations=COMPILED):
+            if outcome.step >= stop:
+                break
+    parts, _ = run(diverging(), tmp_path / "parts", COMPILED)
+    assert (parts.digest, parts.ledger) == (whole.digest, whole.ledger)
+    told = [
+        [
+            (e["kind"], e.get("step"), e.get("ids"), e.get("remedy"))
+            for e in sf.open_run(tmp_path / name).events()
+            if e["kind"] in ("quarantined", "rolled_back")
+        ]
+        for name in ("eager", "whole", "parts")
+    ]
+    assert told[0] == told[1] == told[2]
+    assert {kind for kind, *_ in told[0]} == {"quarantined", "rolled_back"}
+    assert whole.ledger == eager.ledger
+
+
+def test_most_steps_are_taken_by_the_graph(tmp_path):
+    built = build(recipe(until=400), RunFolder(tmp_path / "run"), COMPILED)
+    taken = []
+    graph = built.run.graph
+
+    def counted(batch, multiplier):
+        attempt = graph(batch, multiplier)
+        taken.append((batch.slots.step, attempt is not None))
+        return attempt
+
+    built.run.graph = counted
+    for _ in run_steps(built):
+        pass
+    eager = [step for step, compiled in taken if not compiled]
+    assert len(taken) == 400
+    assert eager == [0, 199, 399]
+
+
+# ---------------------------------------------------------------------------------- the choice
+
+
+def choice(changed, out, operations=EAGER):
+    built = build(changed, RunFolder(out), operations)
+    result(built)
+    return sf.open_run(out).identity["environment"]["compiled"], built.notes
+
+
+AUTO = Operations(progress="off")
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ({}, "step"),
+        ({"until": 29}, ""),
+        (
+            {"model": lambda: nn.Sequential(nn.Linear(8, 1500), nn.Linear(1500, 1500), nn.Linear(1500, 3))},
+            "",
+        ),
+        ({"model": Branching}, ""),
+        ({"optimizer": lambda groups: torch.optim.ASGD(groups, lr=0.1)}, ""),
+    ],
+)
+def test_auto_is_a_rule(changes, chosen, tmp_path, monkeypatch):
+    monkeypatch.setattr("surefoot.choice.ENOUGH_UPDATES", 30)
+    done, built = run(recipe(**changes), tmp_path / "run", AUTO)
+    assert sf.open_run(done.run_dir).identity["environment"]["compiled"] == chosen
+    assert any("compiled" in note for note in built.notes) == (chosen == "step")
+
+
+def test_the_choice_is_kept(tmp_path, monkeypatch):
+    for outcome in sf.steps(recipe(), out=tmp_path / "run", operations=COMPILED):
+        if outcome.step == 10:
+            break
+    done, built = run(recipe(), tmp_path / "run", AUTO)
+    assert built.run.graph is not None
+    whole, _ = run(recipe(), tmp_path / "whole", COMPILED)
+    assert done.digest == whole.digest
+
+
+def test_a_compiled_run_that_cannot_be_compiled_is_not_continued_otherwise(tmp_path, monkeypatch):
+    for outcome in sf.steps(recipe(), out=tmp_path / "run", operations=COMPILED):
+        if outcome.step == 10:
+            break
+    monkeypatch.setattr("surefoot.choice.refusal", lambda parts: "there is no compiler")
+    with pytest.raises(sf.OperationsError, match="cannot be here: there is no compiler"):
+        sf.fit(recipe(), out=tmp_path / "run", operations=AUTO)
+    done = sf.fit(recipe(), out=tmp_path / "run", operations=EAGER)
+    assert done.status == "finished"
+    resumed = [e for e in sf.open_run(tmp_path / "run").events() if e["kind"] == "resumed"][-1]
+    assert resumed["environment_changed"]["compiled"] == ["step", ""]
+
+
+def test_what_cannot_be_one_graph_is_compiled_as_far_as_it_goes(tmp_path):
+    done, built = run(recipe(model=Branching), tmp_path / "run", COMPILED)
+    assert done.status == "finished"
+    assert sf.open_run(tmp_path / "run").identity["environment"]["compiled"] == "forward"
+    assert any("forward pass and losses; not the whole step" in note for note in built.notes)
+
+
+def test_trying_leaves_the_state_as_it_was(tmp_path):
+    one = build(recipe(model=Normed), RunFolder(tmp_path / "a"), COMPILED)
+    other = build(recipe(model=Normed), RunFolder(tmp_path / "b"), EAGER)
+    a, b = one.state.snapshot(), other.state.snapshot()
+    assert a.facts == b.facts
+    assert all(torch.equal(a.model[name], b.model[name]) for name in b.model)
+    for built in (one, other):
+        result(built)

@@ -9,7 +9,8 @@ Contenders, each in a process of its own, in interleaved rounds; medians, and ra
 * ``bare``: pre-collated batches, fused optimizer, clipping and schedule, no telemetry;
 * ``surefoot``: `surefoot.steps` at its defaults: shuffled, a row per step, clipping, schedule,
   permission, ledger;
-* ``surefoot-fused``: the same with ``fused=True`` in the recipe's optimizer.
+* ``surefoot-fused``: the same with ``fused=True`` in the recipe's optimizer;
+* ``surefoot-compiled``: the same with ``compute.compile = on``, at the start of a run of a million updates.
 
 A benchmark is never a test: it prints and stores numbers, and passes or fails nothing.
 """
@@ -27,7 +28,7 @@ import tempfile
 import time
 from pathlib import Path
 
-CONTENDERS = ("loop", "bare", "surefoot", "surefoot-fused")
+CONTENDERS = ("loop", "bare", "surefoot", "surefoot-fused", "surefoot-compiled")
 
 
 def main() -> None:
@@ -75,7 +76,13 @@ def run_one(workload_name: str, contender: str, *, threads: int) -> float:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     workload = WORKLOADS[workload_name]
-    steps = {"loop": loop, "bare": bare, "surefoot": surefoot, "surefoot-fused": surefoot_fused}
+    steps = {
+        "loop": loop,
+        "bare": bare,
+        "surefoot": surefoot,
+        "surefoot-fused": surefoot_fused,
+        "surefoot-compiled": surefoot_compiled,
+    }
     begun = 0.0
     for done, _ in enumerate(steps[contender](workload), start=1):
         if done == workload.warm:
@@ -129,7 +136,7 @@ def bare(w):
             yield
 
 
-def surefoot(w, *, fused=False):
+def surefoot(w, *, fused=False, compiled="off", total=0):
     import torch.nn.functional as F
 
     import surefoot as sf
@@ -143,14 +150,19 @@ def surefoot(w, *, fused=False):
         schedule=sf.cosine(),
         batch=sf.Batch(w.batch),
         gradient=(sf.clip_norm(1.0),),
-        until=w.warm + w.timed + 1,
+        until=total or w.warm + w.timed + 1,
     )
+    operations = sf.Operations(compute={"compile": compiled})
     with tempfile.TemporaryDirectory() as folder:
-        yield from sf.steps(recipe, out=f"{folder}/run")
+        yield from sf.steps(recipe, out=f"{folder}/run", operations=operations)
 
 
 def surefoot_fused(w):
     return surefoot(w, fused=True)
+
+
+def surefoot_compiled(w):
+    return surefoot(w, compiled="on", total=1_000_000)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from surefoot.errors import OperationsError
-from surefoot.graph import Graph, refusal
+from surefoot.graph import Graph
+from surefoot.optim.functional import known
 from surefoot.state import RunState
 from surefoot.train_step import Parts, losses_of, probe, train_step
 from surefoot.types import Minibatch, leaves
@@ -25,6 +25,7 @@ Compiled = Literal["step", "forward", ""]
 """What is compiled: the whole step, the forward pass and its losses, or nothing."""
 
 ENOUGH_UPDATES = 50_000
+CPP_WRAPPER_UPDATES = 200_000
 _MOST_FLOPS = 20e6
 _TOLERANCE = 1e-2
 
@@ -94,6 +95,20 @@ def choose(q: Question) -> Choice:
     return Choice("", f"not compiled: {why_not}")
 
 
+def refusal(parts: Parts) -> str:
+    """Why no graph of the whole step is possible, or nothing."""
+    optimizer = parts.updater.optimizer
+    if parts.device.type != "cpu":
+        return f"that is for CPUs so far, and this is {parts.device}"
+    if not known(optimizer) or not parts.updater.well_known:
+        return f"optimizer {type(optimizer).__name__} is none of torch's own, or hooked into, or has no eps"
+    if parts.physical < parts.micro:
+        return "compute.micro_batch splits the recipe's micro-batches"
+    if any(p.is_complex() or p.is_sparse for p in parts.params):
+        return "the model has complex or sparse parameters"
+    return ""
+
+
 def _against(q: Question) -> str:
     """What speaks against compiling by the rule, or nothing."""
     if q.parts.device.type != "cpu":
@@ -111,15 +126,17 @@ def _against(q: Question) -> str:
 def _tried(q: Question) -> tuple[Graph | None, str]:
     """The graph, if steps of it work and agree with those of `train_step`; else why it is of no use."""
     before = q.state.snapshot().copy()
-    graph = Graph(q.parts, eager_every=q.eager_every)
     first, second = q.batches()
     try:
         train_step(q.parts, first, 0.0)
         expected = probe(q.parts, second)
+        graph = Graph(
+            q.parts, second, eager_every=q.eager_every, cpp_wrapper=q.total >= CPP_WRAPPER_UPDATES
+        )
         try:
             attempt = graph(second, 0.0)
-            with torch._dynamo.config.patch(error_on_recompile=True):
-                graph(second, 0.0)
+            graph(second, 0.0)
+            graph(second, 0.0, check=True)
         except Exception as error:
             return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     finally:

@@ -222,6 +222,8 @@ def take_rows(tree: Tree, rows: slice | Ids, num_rows: int) -> Tree:
 
 def leaves(tree: Tree) -> list[Any]:
     """The leaves of a nest of tuples, lists and dicts, in order."""
-    found: list[Any] = []
-    map_leaves(found.append, tree)
-    return found
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    if not isinstance(tree, tuple | list):
+        return [tree]
+    return [leaf for branch in tree for leaf in leaves(branch)]

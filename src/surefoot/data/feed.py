@@ -14,12 +14,14 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from surefoot.data.plan import Plan
+from surefoot.data.sources import Arrays
 from surefoot.data.workers import LOOKS_S, Watch, as_it_is, end, enter, next_of, started
 from surefoot.errors import DataError, WorkerError
 from surefoot.keys import key, words
 from surefoot.protocols import KeyedSource
 from surefoot.types import HOLE, Minibatch, Slots, Tree, leaves, map_leaves, take_rows
 
+_MOST_STEPS, _CHUNK_BYTES, _LINE_BYTES = 32, 1 << 18, 64
 _MOST_REPLACED = 3
 """Replacements without one batch between them."""
 
@@ -57,15 +59,49 @@ class Feed:
     notice: Callable[..., object] = _unheard
     name: str = "data"
     _keyed: bool = field(init=False, repr=False)
+    _gathers: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_keyed", isinstance(self.source, KeyedSource))
+        object.__setattr__(self, "_gathers", self._most_steps())
+
+    def _most_steps(self) -> int:
+        """How many steps' batches are gathered in one call: of arrays, as much as stays in a cache, and only
+        if each begins where a cache line does.
+        """
+        if not isinstance(self.source, Arrays):
+            return 1
+        sizes = [rows * self.plan.batch_size for rows in self.source.row_bytes()]
+        if any(size % _LINE_BYTES for size in sizes):
+            return 1
+        return max(1, min(_MOST_STEPS, _CHUNK_BYTES // max(1, sum(sizes))))
 
     def batches(self, start: int, stop: int) -> Generator[Minibatch, None, None]:
         """Batches of steps ``start..stop``, in order. Closing it ends the workers."""
-        if not (self.workers and self._keyed) or start >= stop:
-            return (self.at(step) for step in range(start, stop))
-        return self._from_workers(start, stop)
+        if self.workers and self._keyed and start < stop:
+            return self._from_workers(start, stop)
+        if self._gathers > 1:
+            return self._in_chunks(start, stop)
+        return (self.at(step) for step in range(start, stop))
+
+    def _in_chunks(self, start: int, stop: int) -> Generator[Minibatch, None, None]:
+        """Gathers batches of some steps in one call. Where one begins in memory depends on its step alone,
+        and not on `start`: kernels may round otherwise for another alignment.
+        """
+        most, size = self._gathers, self.plan.batch_size
+        for first in range(start // most * most, stop, most):
+            steps = range(first, min(first + most, stop))
+            slots = [self.plan.at(step) for step in steps]
+            if any(s.num_samples < size for s in slots):
+                yield from (self.at(step) for step in steps if step >= start)
+                continue
+            split: list[Any] = []  # leaves of the batches, array by array
+            data = self.source.fetch(np.concatenate([s.ids for s in slots]))
+            map_leaves(lambda leaf: split.append(leaf.split(size)), data)  # noqa: B023
+            for i in range(max(start - first, 0), len(slots)):
+                parts = iter(split)
+                batch = map_leaves(lambda _: next(parts)[i], data)  # noqa: B023
+                yield self._minibatch(slots[i], batch)
 
     def _from_workers(self, start: int, stop: int) -> Generator[Minibatch, None, None]:
         """Batches fetched by processes. If one of them dies or hangs, all are replaced, and go on with the

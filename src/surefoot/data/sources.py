@@ -25,8 +25,8 @@ class Arrays:
     """Arrays with one row per sample: tensors, numpy arrays (memory-mapped too), or what numpy takes.
 
     ``Arrays(x)`` fetches a tensor, ``Arrays(x, y)`` a tuple of tensors, ``Arrays(input=x, target=y)``
-    a dict. A batch is gathered in one call per array, never per sample. Arrays are not copied;
-    changing one during a run changes the run.
+    a dict. A batch, or some batches that follow one another, is gathered in one call per array. Arrays are
+    not copied; changing one during a run changes the run, from some steps later on.
 
     Args:
         arrays, named: the first dimension of each is the number of samples, N.
@@ -59,6 +59,10 @@ class Arrays:
         """Rows ``ids`` (int64[n]) of each array, in the nest the arrays were given in."""
         index = torch.from_numpy(ids) if ids.flags.writeable else torch.from_numpy(ids.copy())
         return map_leaves(lambda t: t.index_select(0, index), self._tree)
+
+    def row_bytes(self) -> list[int]:
+        """Of one sample, per array."""
+        return [t[:1].numel() * t.element_size() for t in leaves(self._tree)]
 
     def fingerprint(self) -> dict[str, Any]:
         """Shapes, dtypes and a BLAKE2b digest: of all bytes up to 16 MiB, else of 4,096 rows."""

@@ -104,8 +104,8 @@ def judge(
 
 
 def calm_below(seen: Statistics, *, early: bool = False) -> tuple[float, float]:
-    """Loss and norm up to which `judge` finds a step fine, its loss not high, and its gradient not long; on a
-    host.
+    """Loss and norm up to which `judge`, on a host, finds a step fine, its loss not high, and its gradient
+    not long.
     """
     bounds = _EARLY if early else _USUAL
     norm_deviation, loss_deviation = _deviations(np, seen)

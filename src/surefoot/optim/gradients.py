@@ -16,7 +16,11 @@ from surefoot.types import check_fields
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """2-norm of all elements: 0-d. Summed per tensor and then over tensors, as torch does."""
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
+    if torch.compiler.is_compiling():  # torch._foreach_norm would stay a call into Python
+        norms = [torch.linalg.vector_norm(t) for t in tensors]
+    else:
+        norms = list(torch._foreach_norm(list(tensors)))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
 
 

@@ -10,7 +10,7 @@ SOURCE = ROOT / "src/surefoot"
 PARTS = {"data", "optim", "checkpoint", "guard", "record", "parallel", "measure"}
 LEVELS = [
     {"errors"},
-    {"keys", "types", "durable"},
+    {"keys", "types", "durable", "compiled"},
     {"protocols"},
     PARTS,
     {"state"},

@@ -22,6 +22,7 @@ from surefoot.errors import SurefootError
 from surefoot.guard.hang import stacks_if_stuck
 from surefoot.heal import REMEMBERED, Row
 from surefoot.keep import Keeper
+from surefoot.measure.profile import Profile
 from surefoot.operations import Operations, seconds
 from surefoot.prepare import check_kinds, prepare
 from surefoot.protocols import KeyedSource
@@ -117,6 +118,7 @@ def _build(
         threads_before=threads_before,
         fresh=record.attempt == 1,
         keeps_samples=operations.incidents.samples,
+        profile=Profile(folder.profiles, operations.profile) if operations.profile else None,
     )
     return Build(folder, state, run, ended, notes, groups)
 

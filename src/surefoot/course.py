@@ -27,6 +27,7 @@ from surefoot.guard.guard import Stop
 from surefoot.guard.review import Alarm
 from surefoot.heal import Healer, Row, StopAskedError, same_row
 from surefoot.measure.evaluate import Evaluation
+from surefoot.measure.profile import phase
 from surefoot.measure.readings import Readings
 from surefoot.optim.precision import LossScale
 from surefoot.optim.schedules import Resolved
@@ -118,7 +119,10 @@ def update(course: Course, batch: Minibatch) -> tuple[Minibatch, float, Attempt]
         multiplier = history.multiplier(state.step, multiplier)
         holes = history.holes(state.step, batch.slots.ids)
         batch = batch if holes is None else leave_out(batch, holes)
-    attempt = course.graph(batch, multiplier) if course.graph is not None else None
+    attempt = None
+    if course.graph is not None:
+        with phase("compiled step"):
+            attempt = course.graph(batch, multiplier)
     if attempt is None:
         attempt = train_step(course.parts, batch, multiplier)
     state.step += 1
@@ -287,7 +291,8 @@ def run_validation(course: Course) -> dict[str, float] | None:
     if course.evaluation is None:
         return None
     begun = time.perf_counter()
-    metrics = course.evaluation(course.parts.model, stop=course.stop)
+    with phase("validation"):
+        metrics = course.evaluation(course.parts.model, stop=course.stop)
     if metrics is None:
         return None
     state.metrics, state.validated_at = metrics, state.step

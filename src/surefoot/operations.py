@@ -45,7 +45,9 @@ class Compute(_Section):
     """How the arithmetic is done."""
 
     compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="torch.compile for forward pass and loss; auto is off"
+        "auto",
+        description="the whole step, or as much as can be, as one compiled function; auto: small models on "
+        "a CPU in long runs",
     )
     micro_batch: Positive | None = Field(
         None, description="rows through the model at once, below the recipe's batch.micro"
@@ -170,6 +172,7 @@ class Operations(_Section):
     progress: Literal["auto", "on", "off"] = Field(
         "auto", description="progress on the terminal; auto: on for the command, off for fit()"
     )
+    profile: Count = Field(0, description="steps that torch's profiler records, into profiles/ of the run")
     compute: Compute = Compute()
     data: DataOperations = DataOperations()
     checkpoint: CheckpointOperations = CheckpointOperations()

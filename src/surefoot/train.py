@@ -36,6 +36,7 @@ from surefoot.guard.hang import HangWatch
 from surefoot.guard.review import Alarm
 from surefoot.heal import EVERY, Row, StopAskedError
 from surefoot.keep import Keeper
+from surefoot.measure.profile import Profile, phase
 from surefoot.record.recorder import Recorder
 from surefoot.stopping import Budget, NoLongerWaiting, StopRequest, signals_ask
 from surefoot.types import Minibatch, Outcome, leaves
@@ -51,6 +52,7 @@ class Run(Course):
     fresh: nothing of it was kept before. hang_after_s: without a step or a batch of validation, after
     which the threads' stacks are written down. threads_before: of this process, for torch's kernels, to be
     put back. keeps_samples: the batch in which an incident began goes into its bundle.
+    profile: of its first steps.
     """
 
     keeper: Keeper
@@ -60,6 +62,7 @@ class Run(Course):
     threads_before: int
     fresh: bool
     keeps_samples: bool = False
+    profile: Profile | None = None
     status: str = "running"
 
 
@@ -124,9 +127,12 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
             return "budget"
         if record.lock.lost:
             record.lock.check()
+        if run.profile is not None:
+            _tell_profile(run, run.profile.before(state.step))
         asked = time.perf_counter()
         try:
-            batch = _wait_for(batches, run.stop)
+            with phase("data"):
+                batch = _wait_for(batches, run.stop)
         except (NoLongerWaiting, RuntimeError):  # or a worker that the same signal ended
             if run.stop():
                 return "preempted"
@@ -142,7 +148,8 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
             slots, state.samples, lr, attempt.num_micro, data_wait_s, now - boundary, now - row_before
         )  # fmt: skip
         boundary = row_before = now
-        verdict = settle(run, label, attempt)
+        with phase("row"):
+            verdict = settle(run, label, attempt)
         outcome = Outcome(
             slots.step, slots.epoch, state.samples, lr, attempt.loss, attempt.grad_norm,
             attempt.update_ratio, attempt.permitted, parts.model, batch,
@@ -181,9 +188,15 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
             return "diverged"
         if keeper.due():
             settle(run, None, None)
-            keeper.keep()
+            with phase("checkpoint"):
+                keeper.keep()
             boundary = time.perf_counter()
     return "stopped_early" if state.stopped_early else "finished"
+
+
+def _tell_profile(run: Run, facts: dict[str, Any] | None) -> None:
+    if facts is not None:
+        run.record.event("profiled", step=run.state.step, **facts)
 
 
 def _heal(run: Run, alarm: Alarm) -> str:
@@ -257,6 +270,8 @@ def _end(run: Run, **facts: Any) -> None:
     """
     state = run.state
     settle(run, None, None)
+    if run.profile is not None:
+        _tell_profile(run, run.profile.end(state.step))
     kept = run.keeper.finish(hurry=run.status == "preempted")
     if run.status != "diverged" and not _finite(run):
         run.status = "diverged"

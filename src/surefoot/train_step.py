@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from surefoot.errors import OperationsError, RecipeError
 from surefoot.guard.guard import Watch
 from surefoot.keys import word
+from surefoot.measure.profile import phase
 from surefoot.optim.buffers import Buffers
 from surefoot.optim.gradients import global_norm
 from surefoot.optim.precision import Precision
@@ -81,17 +82,19 @@ def train_step(parts: Parts, batch: Minibatch, multiplier: float) -> Attempt:
     scale = parts.precision.scale
     grad_norm = norm = global_norm(grads)
     step = batch.slots.step
-    permitted, verdict, clip = parts.guard.permit(loss, grad_norm, step=step, scaled=scale is not None)
-    if isinstance(clip, Tensor) or clip < 1.0:
-        torch._foreach_mul_(grads, clip)
-        norm = (norm * clip).to(norm.dtype)
-    for transform in parts.transforms:
-        changed = transform(grads, norm)
-        norm = global_norm(grads) if changed is None else changed
+    with phase("permit and clip"):
+        permitted, verdict, clip = parts.guard.permit(loss, grad_norm, step=step, scaled=scale is not None)
+        if isinstance(clip, Tensor) or clip < 1.0:
+            torch._foreach_mul_(grads, clip)
+            norm = (norm * clip).to(norm.dtype)
+        for transform in parts.transforms:
+            changed = transform(grads, norm)
+            norm = global_norm(grads) if changed is None else changed
 
-    ratio, applied = parts.updater.apply(
-        permitted, step=step, multiplier=multiplier, base=parts.base_lr, grad_norm=norm
-    )
+    with phase("update"):
+        ratio, applied = parts.updater.apply(
+            permitted, step=step, multiplier=multiplier, base=parts.base_lr, grad_norm=norm
+        )
     parts.buffers.settle(applied, on_host=parts.device.type == "cpu")
     loss_scale = None
     if scale is not None:
@@ -160,7 +163,7 @@ def accumulate(parts: Parts, batch: Minibatch) -> tuple[Tensor, int]:
         if piece.begins_micro:
             seed_generators(word(word(parts.draws, batch.slots.step), piece.micro), parts.device)
             before = torch.default_generator.get_state() if parts.physical < parts.micro else None
-        with parts.precision.forward():
+        with phase("forward"), parts.precision.forward():
             losses, weights = losses_and_weights(parts, piece.data, piece.num_rows, piece.weights)
         if before is not None:
             _refuse_draws(parts, before)
@@ -168,7 +171,8 @@ def accumulate(parts: Parts, batch: Minibatch) -> tuple[Tensor, int]:
             total = batch_weight(parts, batch, weights)
         share = share_of(losses, weights, total)
         scale = parts.precision.scale
-        (share if scale is None else share * scale.scale).backward()  # type: ignore[no-untyped-call]
+        with phase("backward"):
+            (share if scale is None else share * scale.scale).backward()  # type: ignore[no-untyped-call]
         detached = share.detach()
         loss_sum = detached if loss_sum is None else loss_sum + detached
         if total is None and weights is not None:

@@ -131,6 +131,9 @@ def train(
     compiled: Annotated[str | None, typer.Option("--compile", help="auto, on or off.")] = None,
     threads: Annotated[str | None, typer.Option(help="Threads of CPU kernels.")] = None,
     progress: Annotated[str | None, typer.Option(help="auto, on or off.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Steps that torch's profiler records, into the run.")
+    ] = None,
     sets: Sets = None,
     wants_help: Annotated[bool, typer.Option("--help", help="Show this, and the options of FILE.")] = False,
 ) -> None:
@@ -147,6 +150,7 @@ def train(
             "compute.compile": compiled,
             "compute.threads": threads,
             "progress": progress,
+            "profile": profile,
         }
         flags = {key: value for key, value in named.items() if value is not None}
         order = Order(file, settings or [], out_dir, fresh, {**flags, **_pairs(sets or [])})

@@ -23,6 +23,7 @@ from surefoot.guard.hang import stacks_if_stuck
 from surefoot.operations import Operations, gather, seconds
 from surefoot.recipe import Recipe
 from surefoot.record.folder import RunFolder
+from surefoot.run import open_run
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,12 @@ def run_order(order: Order, out: Console, err: Console) -> int:
         for _ in run_steps(built):
             pass
     done = result(built)
+    for event in open_run(folder.path).events():
+        if event["kind"] == "profiled" and event["attempt"] == built.run.record.attempt:
+            trace = folder.path / event["file"]
+            steps = f"steps {event['begins']:,} to {event['step'] - 1:,}"
+            err.print(f"profile of {steps}: {trace}", markup=False, soft_wrap=True)
+            err.print("  for chrome://tracing or ui.perfetto.dev; a table is beside it, .txt")
     _verdict(done, time.monotonic() - begun, out, command)
     return EXIT_CODES.get(done.status, 1)
 

@@ -66,8 +66,8 @@ class Feed:
         object.__setattr__(self, "_gathers", self._most_steps())
 
     def _most_steps(self) -> int:
-        """How many steps' batches are gathered in one call: of arrays, as much as stays in a cache, and only
-        if each begins where a cache line does.
+        """How many steps' batches are gathered in one call: of arrays, as much as stays in a cache, and
+        only if each begins where a cache line does.
         """
         if not isinstance(self.source, Arrays):
             return 1

@@ -43,6 +43,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.quarantine = self.path / "quarantine"
         self.incidents = self.path / "incidents"
+        self.profiles = self.path / "profiles"
         self.ballast = self.path / "BALLAST"
         self._made: list[Path] = []
 
@@ -146,7 +147,7 @@ class RunFolder:
         """Takes back a run that never was: removes its files, and the folders that `lock` made for it."""
         for name in ("run.json", ".run.json.tmp", "events.jsonl", "LOCK", "BALLAST"):
             (self.path / name).unlink(missing_ok=True)
-        for path in (self.steps, self.checkpoints, self.incidents):
+        for path in (self.steps, self.checkpoints, self.incidents, self.profiles):
             shutil.rmtree(path, ignore_errors=True)
         for path in reversed(self._made):
             path.rmdir()

@@ -16,7 +16,9 @@ import torch
 import surefoot
 
 
-def environment(device: torch.device, *, compiled: str, micro_batch: int | None) -> dict[str, Any]:
+def environment(
+    device: torch.device, *, compiled: str, micro_batch: int | None, layout: str
+) -> dict[str, Any]:
     """What the bits of a result depend on besides the recipe, and what helps to repeat it. compiled: see
     `surefoot.choice.Compiled`.
     """
@@ -34,6 +36,7 @@ def environment(device: torch.device, *, compiled: str, micro_batch: int | None)
         "threads": torch.get_num_threads(),
         "compiled": compiled,
         "micro_batch": micro_batch,
+        "layout": layout,
     }
 
 
@@ -54,6 +57,7 @@ def _kernel_variables() -> str:
 
 DECIDES_BITS = (
     "torch", "device", "cpu", "cpu_capability", "kernels", "threads", "compiled", "micro_batch",
+    "layout",
 )  # fmt: skip
 """Parts of the environment on which results agree to rounding only, if they differ."""
 

@@ -53,6 +53,9 @@ class Compute(_Section):
         None, description="rows through the model at once, below the recipe's batch.micro"
     )
     threads: Positive | None = Field(None, description="threads of torch's CPU kernels")
+    layout: Literal["contiguous", "channels_last"] = Field(
+        "contiguous", description="how the weights of convolutions lie in memory"
+    )
     deterministic: bool = Field(True, description="on a GPU, only kernels whose results repeat bit for bit")
 
 

@@ -82,7 +82,7 @@ class Prepared:
 
     def initial(self) -> Snapshot:
         """The state before the first update, made anew."""
-        again = make_model(self.recipe.model, seed=self.recipe.seed, device=self.device)
+        again = _model(self.recipe, self.operations, self.device)
         made = _assemble(self.recipe, self.operations, again, self.device, self.plan, self.schedule)
         return made[1].snapshot()
 
@@ -180,7 +180,7 @@ def prepare(
     schedule = resolve(recipe.schedule, total, measure)
     validate = cadence(recipe.validation.every, "validation.every") if recipe.validation else None
     keep_every = _keep_every(operations, cadence)
-    model = make_model(recipe.model, seed=recipe.seed, device=device)
+    model = _model(recipe, operations, device)
     identity = _identity(recipe, plan, model, origin)
     parts, state, groups = _assemble(recipe, operations, model, device, plan, schedule)
     evaluation = _evaluation(recipe, operations, parts, plan)
@@ -205,6 +205,7 @@ def prepare(
             device,
             compiled=choice.compiled,
             micro_batch=operations.compute.micro_batch,
+            layout=operations.compute.layout,
         ),
         "command": command_line(),
         "commit": code_commit(),
@@ -226,6 +227,13 @@ def prepare(
         choice=choice,
         identity=json.loads(json.dumps(identity)),  # what is compared later is what was written
     )
+
+
+def _model(recipe: Recipe, operations: Operations, device: torch.device) -> nn.Module:
+    model = make_model(recipe.model, seed=recipe.seed, device=device)
+    if operations.compute.layout == "channels_last":
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def check_kinds(recipe: Any, operations: Any) -> None:

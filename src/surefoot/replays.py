@@ -194,12 +194,13 @@ def _replay(
 
 
 def _as_then(operations: Operations, made_in: dict[str, Any]) -> Operations:
-    """With the threads that the rows were made with, unless told otherwise."""
+    """With the threads and the layout that the rows were made with; other threads if told so."""
     then: dict[str, Any] = {}
     if operations.compute.threads is None:
         then["threads"] = made_in.get("threads")
     if operations.compute.micro_batch is None:
         then["micro_batch"] = made_in.get("micro_batch")
+    then["layout"] = made_in.get("layout", "contiguous")
     return operations.model_copy(update={"compute": operations.compute.model_copy(update=then)})
 
 

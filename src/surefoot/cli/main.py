@@ -238,6 +238,26 @@ def chaos(
     raise typer.Exit(code)
 
 
+tune = typer.Typer(help="Choose settings by measuring.", no_args_is_help=True)
+app.add_typer(tune, name="tune")
+
+
+@tune.command()
+def compute(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A recipe file.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only measure.")] = False,
+    sets: Sets = None,
+) -> None:
+    """Measure which way to compute is fastest for a recipe, and write that to surefoot.toml beside it."""
+    with _errors():
+        from surefoot.cli.train import Order
+        from surefoot.cli.tune import compute as tune_compute
+
+        order = Order(file, settings or [], None, False, _pairs(sets or []))
+        tune_compute(order, dry_run=dry_run, out=out, err=err)
+
+
 @app.command()
 def show(path: RunPath, as_json: AsJson = False) -> None:
     """Show a run: status, metrics, interventions, digest of the weights."""

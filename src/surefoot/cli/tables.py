@@ -68,7 +68,10 @@ def run(summary: Mapping[str, Any], identity: Mapping[str, Any]) -> RenderableTy
         table.add_row("options", " ".join(f"{k}={v}" for k, v in options.items()))
     environment = identity["environment"]
     keys = ("device", "threads", "torch", "python")
-    table.add_row("environment", ", ".join(f"{k} {environment[k]}" for k in keys))
+    facts = [f"{k} {environment[k]}" for k in keys]
+    if environment.get("compiled"):
+        facts.append(f"compiled {environment['compiled']}")
+    table.add_row("environment", ", ".join(facts))
     return Group(Text(summary["run"], style="bold"), table)
 
 

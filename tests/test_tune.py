@@ -1,0 +1,116 @@
+"""Measuring how to compute: all is tried, what is best is written, and nothing is learned otherwise."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, blobs, flat, recipe, surefoot
+from torch import nn
+
+import surefoot as sf
+from surefoot.errors import OperationsError
+from surefoot.operations import Operations
+from surefoot.tune.compute import tune_compute, write_settings
+
+
+def conv():
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.Flatten(),
+        nn.Linear(128, 3),
+    )  # fmt: skip
+
+
+def images(**changes):
+    return recipe(model=conv, data=sf.Arrays(*blobs(features=64)), **changes)
+
+
+def keys(tuned):
+    return [set(one.settings) for one in tuned.tried]
+
+
+@pytest.mark.timeout(300)
+def test_alternatives_are_tried_beside_the_best_so_far(monkeypatch):
+    monkeypatch.setattr("surefoot.tune.compute._LEAST_TURN_S", 0.01)
+    before = torch.get_num_threads()
+    told: list[str] = []
+    tuned = tune_compute(images(until=10**9), Operations(compute={"threads": 2}), say=told.append)
+    assert torch.get_num_threads() == before
+    tried = [one.settings for one in tuned.tried]
+    assert tried[0] == {"compute.compile": "off", "compute.threads": 2}
+    assert any(one.get("compute.layout") == "channels_last" for one in tried)
+    assert any(one["compute.threads"] == 1 for one in tried)
+    assert any(one["compute.compile"] == "on" for one in tried)
+    assert len(told) == len(tried)
+    assert tuned.best in tuned.tried
+    assert all(one.step_s > 0 and not one.why_not for one in tuned.tried)
+
+
+class Pairs(torch.utils.data.Dataset):
+    def __init__(self):
+        self.x, self.y = map(torch.as_tensor, blobs())
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i], self.y[i]
+
+
+def test_workers_are_tried_where_they_matter_and_what_fails_is_told(monkeypatch):
+    monkeypatch.setattr("surefoot.tune.compute._LEAST_TURN_S", 0.01)
+    with pytest.raises(sf.RecipeError, match="the first step failed"):
+        tune_compute(recipe(model=lambda: nn.Linear(7, 3)), Operations())
+    tuned = tune_compute(recipe(data=sf.Dataset(Pairs()), until=5), Operations(compute={"threads": 1}))
+    assert {one.settings.get("data.workers") for one in tuned.tried} == {None, 1, 2}
+    assert tuned.best.settings["compute.compile"] == "off"  # five updates do not pay for a compiler
+
+
+def test_a_file_keeps_what_else_it_holds(tmp_path):
+    path = tmp_path / "surefoot.toml"
+    path.write_text(
+        '# ours\n[compute]\nthreads = 4 # of eight\ncompile = "off"\n\n[checkpoint]\nevery = "5min"\n'
+    )
+    write_settings({"compute.compile": "on", "data.workers": 2}, path)
+    text = path.read_text()
+    assert "# ours" in text
+    assert "threads = 4 # of eight" in text
+    assert 'every = "5min"' in text
+    assert sf.Operations().compute.compile == "auto"
+    from surefoot.operations import gather
+
+    found = gather(path, {}, {})
+    assert (found.compute.compile, found.compute.threads, found.data.workers) == ("on", 4, 2)
+    path.write_text("[compute")
+    with pytest.raises(OperationsError, match="could not be written"):
+        write_settings({"compute.compile": "on"}, path)
+
+
+def test_on_the_command_line(tmp_path):
+    file = tmp_path / "digits.py"
+    file.write_text((ROOT / "examples/digits.py").read_text())
+    done = surefoot("tune", "compute", file, "epochs=1", "hidden=16")
+    assert done.returncode == 0, done.stderr
+    assert "ms/update" in done.stdout
+    assert "fastest, written to" in done.stdout
+    assert "[compute]" in (tmp_path / "surefoot.toml").read_text()
+    trained = surefoot("train", file, "epochs=1", "hidden=16", "--out", tmp_path / "run")
+    assert trained.returncode == 0, trained.stderr
+    wrong = surefoot("tune", "compute", file, "epoch=1", "--dry-run")
+    assert wrong.returncode == 2
+    assert "epochs" in wrong.stderr
+
+
+def test_layout_changes_nothing_but_rounding_and_is_kept_to_the_bit(tmp_path):
+    last = Operations(compute={"layout": "channels_last"}, checkpoint={"every": 3})
+    plain = sf.fit(images(), out=tmp_path / "plain")
+    whole = sf.fit(images(), out=tmp_path / "whole", operations=last)
+    torch.testing.assert_close(flat(whole.model), flat(plain.model), rtol=1e-4, atol=1e-5)
+    assert whole.model[1].weight.is_contiguous(memory_format=torch.channels_last)
+    for outcome in sf.steps(images(), out=tmp_path / "parts", operations=last):
+        if outcome.step == 7:
+            break
+    parts = sf.fit(images(), out=tmp_path / "parts", operations=last)
+    assert (parts.digest, parts.ledger) == (whole.digest, whole.ledger)
+    assert sf.replay_step(images(), tmp_path / "whole", step=9).differences == []
+    assert math.isfinite(F.mse_loss(flat(parts.model), flat(plain.model)).item())

@@ -1,12 +1,13 @@
 """The compiled step equals the eager one to rounding, and itself to the bit however it is interrupted."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import blobs, flat
+from conftest import ROOT, blobs, flat, surefoot
 from torch import nn
 
 import surefoot as sf
@@ -249,7 +250,8 @@ def test_auto_is_a_rule(changes, chosen, tmp_path, monkeypatch):
     monkeypatch.setattr("surefoot.choice.ENOUGH_UPDATES", 30)
     done, built = run(recipe(**changes), tmp_path / "run", AUTO)
     assert sf.open_run(done.run_dir).identity["environment"]["compiled"] == chosen
-    assert any("compiled" in note for note in built.notes) == (chosen == "step")
+    (note,) = [note for note in built.notes if "compiled" in note]
+    assert note.startswith("compiled: the whole step" if chosen else "not compiled: ")
 
 
 def test_the_choice_is_kept(tmp_path, monkeypatch):
@@ -290,3 +292,153 @@ def test_trying_leaves_the_state_as_it_was(tmp_path):
     assert all(torch.equal(a.model[name], b.model[name]) for name in b.model)
     for built in (one, other):
         result(built)
+
+
+def test_without_a_compiler(tmp_path):
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    environment = {"PATH": str(bare), "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = ("train", ROOT / "examples/digits.py", "epochs=1", "hidden=8", "dropout=0.0")
+    done = surefoot(*command, "--out", tmp_path / "run", "--compile", "on", env=environment)
+    assert done.returncode == 2, done.stderr
+    assert "nothing can be compiled here" in done.stderr
+    assert "g++" in done.stderr
+    assert not (tmp_path / "run").exists()
+    done = surefoot(*command, "--out", tmp_path / "run", env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------------------- what must not be missed
+
+
+class Sized(nn.Module):
+    """Notes the size of its batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.n = nn.Linear(8, 3), 0
+
+    def forward(self, x):
+        self.n = len(x)
+        return self.layer(x) * (self.n / 20)
+
+
+class Assigned(nn.Module):
+    """Puts another tensor in a buffer's place."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        out = self.layer(x)
+        self.mean = 0.9 * self.mean + 0.1 * out.detach().mean(0)
+        return out - self.mean
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.layer(x) + torch.from_numpy(0.01 * np.random.randn(3).astype("float32"))
+
+
+def hooked():
+    model = mlp()
+    mask = torch.ones(16, 8)
+    mask[3] = 0
+    model[0].weight.register_hook(lambda grad: grad * mask)
+    return model
+
+
+@pytest.mark.parametrize("model", [Sized, Assigned, Noisy, hooked])
+def test_a_model_that_a_graph_would_get_wrong_is_refused(model, tmp_path):
+    changed = recipe(model=model, data=sf.Arrays(*blobs(195, classes=3)))
+    eager, _ = run(changed, tmp_path / "eager", EAGER)
+    other, _ = run(changed, tmp_path / "other", COMPILED)
+    compiled = sf.open_run(tmp_path / "other").identity["environment"]["compiled"]
+    assert compiled == ("" if model is Noisy else "forward")
+    torch.testing.assert_close(flat(other.model), flat(eager.model), rtol=1e-4, atol=1e-5)
+
+
+class Strided:
+    """Square images, in some batches lying the other way round in memory."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.x = torch.tensor(rng.normal(size=(200, 8, 8)).astype("float32"))
+        self.y = torch.tensor(rng.integers(0, 3, 200))
+
+    def __len__(self):
+        return 200
+
+    def fetch(self, ids):
+        x = self.x[ids]
+        if ids[0] % 2:
+            x = x.transpose(1, 2).contiguous().transpose(1, 2)
+        return x, self.y[ids]
+
+
+class Twice:
+    """One tensor under two names, in some batches."""
+
+    def __init__(self):
+        self.x, y = map(torch.as_tensor, blobs(200, classes=3))
+        self.y = y
+
+    def __len__(self):
+        return 200
+
+    def fetch(self, ids):
+        a = self.x[ids]
+        return {"a": a, "b": a if ids[0] % 2 else a.flip(1), "y": self.y[ids]}
+
+
+def both(model, data):
+    return F.cross_entropy(model(data["a"]) - 2 * model(data["b"]), data["y"], reduction="none")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("case", ["strides", "aliases"])
+def test_batches_that_lie_otherwise_in_memory(case, seed, tmp_path):
+    if case == "strides":
+        model = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 3))  # noqa: E731
+        changed = recipe(data=Strided(), model=model, seed=seed)
+    else:
+        changed = recipe(data=Twice(), objective=both, seed=seed)
+    eager, _ = run(changed, tmp_path / "eager", EAGER)
+    other, _ = run(changed, tmp_path / "other", COMPILED)
+    torch.testing.assert_close(flat(other.model), flat(eager.model), rtol=1e-4, atol=1e-5)
+
+
+def annealed(out, operations):
+    """A coefficient that the body changes, as the weight of a divergence is."""
+    settings = SimpleNamespace(beta=0.0)
+
+    def objective(model, data):
+        logits = model(data[0])
+        return F.cross_entropy(logits, data[1], reduction="none") + settings.beta * logits.square().sum(1)
+
+    changed = recipe(objective=objective, until=60)
+    for outcome in sf.steps(changed, out=out, operations=operations):
+        settings.beta = (outcome.step + 1) / 600
+        assert operations is EAGER or outcome.step == 0 or settings.beta
+    return sf.open_run(out)
+
+
+def test_what_the_callers_body_changes_counts_at_once(tmp_path):
+    eager, compiled = annealed(tmp_path / "eager", EAGER), annealed(tmp_path / "compiled", COMPILED)
+    np.testing.assert_allclose(compiled.log()["loss"], eager.log()["loss"], rtol=1e-4)
+    (told,) = [e for e in compiled.events() if e["kind"] == "uncompiled"]
+    assert told["step"] in (1, 2)
+
+
+def test_no_old_gradients_are_left(tmp_path):
+    seen = []
+    for outcome in sf.steps(recipe(), out=tmp_path / "run", operations=COMPILED):
+        seen.append({p.grad is None for p in outcome.model.parameters()})
+    assert seen[0] == {False}
+    assert all(grads == {True} for grads in seen[1:])

@@ -372,6 +372,24 @@ def test_bad_samples_are_named_and_few_others(tmp_path, seed):
     assert sf.open_run(done.run_dir).verify() == []
 
 
+def test_a_lasting_rise_that_the_data_explain_is_borne(tmp_path):
+    """Sorted data: from step 400 on the targets are far harder. That is no fault."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1200 * 16, 8)).astype("float32")
+    y = x @ rng.normal(size=8).astype("float32")
+    y[400 * 16 :] += rng.normal(size=800 * 16).astype("float32") * 1.8
+    changed = sf.Recipe(
+        model=lambda: torch.nn.Linear(8, 1), data=sf.Arrays(x, y[:, None]), until=1200,
+        batch=sf.Batch(16, shuffle=False), objective=sf.supervised(torch.nn.functional.mse_loss),
+        optimizer=sf.SGD(lr=0.01),
+    )  # fmt: skip
+    done = sf.fit(changed, out=tmp_path / "run")
+    assert done.status == "finished", sf.open_run(tmp_path / "run").summary()["reason"]
+    borne = events(tmp_path / "run", "borne")
+    assert borne
+    assert not [e for e in events(tmp_path / "run", "skipped") if e["step"] > borne[0]["step"] + 60]
+
+
 def test_more_than_some_bad_samples_stop_the_run(tmp_path):
     x, y = blobs(256)
     x[::8, 0] = np.nan

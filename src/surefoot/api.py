@@ -73,9 +73,13 @@ def steps(
     """The same as `fit`, step by step: the body of your ``for`` runs after each attempted update.
 
     What the body does to the model is part of what is learned: let it be a function of
-    ``outcome.step``, or the run will not repeat. Leaving the loop keeps the state.
+    ``outcome.step``, or the run will not repeat. Leaving the loop keeps the state. After a step that was
+    compiled parameters have no `grad`.
     """
-    yield from run_steps(build(recipe, RunFolder(out), operations or Operations()))
+    built = build(recipe, RunFolder(out), operations or Operations())
+    if built.run is not None and built.run.graph is not None:
+        built.run.graph.check_every = 1  # the body may change anything
+    yield from run_steps(built)
 
 
 def run_steps(built: Build) -> Iterator[Outcome]:

@@ -187,7 +187,7 @@ def _budget(operations: Operations, folder: RunFolder) -> Budget:
 
 
 def _notes(recipe: Recipe, operations: Operations, choice: Choice) -> list[str]:
-    notes = [f"compiled: {choice.reason}"] if choice.compiled else []
+    notes = [choice.reason] if choice.reason else []
     if operations.data.workers and not isinstance(recipe.data, KeyedSource):
         notes.append(f"data.workers = {operations.data.workers} is not needed: the source is gathered here")
     return notes

@@ -7,19 +7,26 @@ of a recipe must choose alike. `surefoot tune compute` measures.
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from surefoot.errors import OperationsError
+from surefoot.compiled import BACKWARD_HOOKS, Unchanged, hooked
+from surefoot.errors import OperationsError, SurefootError
 from surefoot.graph import Graph
+from surefoot.keys import word
 from surefoot.optim.functional import known
+from surefoot.protocols import Objective
 from surefoot.state import RunState
-from surefoot.train_step import Parts, losses_of, probe, train_step
-from surefoot.types import Minibatch, leaves
+from surefoot.train_step import Parts, losses_of, pieces_of, probe, seed_generators, train_step
+from surefoot.types import Minibatch, Tree, leaves
 
 Compiled = Literal["step", "forward", ""]
 """What is compiled: the whole step, the forward pass and its losses, or nothing."""
@@ -28,26 +35,31 @@ ENOUGH_UPDATES = 50_000
 CPP_WRAPPER_UPDATES = 200_000
 _MOST_FLOPS = 20e6
 _TOLERANCE = 1e-2
+_ELSEWHERE = "the model draws from numpy's or Python's random numbers"
+_FIRST = 8  # batches among which one is finite
 
 
 class Choice(NamedTuple):
-    """compiled: see `Compiled`. reason: for people. graph: of the whole step, if that is it."""
+    """compiled: see `Compiled`. reason: for people, if there is anything to tell. graph: of the whole step.
+    objective: compiled, if it is that alone.
+    """
 
     compiled: Compiled
     reason: str
     graph: Graph | None = None
+    objective: Objective | None = None
 
 
 class Question(NamedTuple):
     """What a choice depends on. asked: ``compute.compile``. kept: the choice of the run that is continued,
-    if one is. batches: fetches the first two of the run. total: its updates. eager_every: see `Graph`.
+    if one is. batch: fetches that of a step. total: its updates. eager_every: see `Graph`.
     """
 
     asked: str
     kept: Compiled | None
     parts: Parts
     state: RunState
-    batches: Callable[[], tuple[Minibatch, Minibatch]]
+    batch: Callable[[int], Minibatch]
     total: int
     eager_every: int
 
@@ -64,35 +76,56 @@ def choose(q: Question) -> Choice:
     """The choice; the state is as before.
 
     Raises:
-        OperationsError: the run was compiled as a whole, which is not possible here.
+        OperationsError: the run was compiled as a whole, or is to be compiled, which is not possible here.
     """
-    if q.asked == "off":
-        return Choice("", "compute.compile = off")
-    if q.asked == "auto" and q.kept is not None and q.kept != "step":
-        return Choice(q.kept, "as the run began")
+    if q.asked == "off" or (q.asked == "auto" and q.kept == ""):
+        return Choice("", "")
+    if q.asked == "auto" and q.kept == "forward":
+        return _forward(q, "as the run began")
     if q.asked == "auto" and q.kept is None:
         against = _against(q)
         if against:
-            return Choice("", against)
-    why_not = refusal(q.parts)
-    if not all(isinstance(leaf, Tensor) for leaf in leaves(q.batches()[0].data)):
+            return Choice("", f"not compiled: {against}")
+    begun = time.perf_counter()
+    why_not, graph = refusal(q.parts), None
+    if not all(isinstance(leaf, Tensor) for leaf in leaves(q.batch(0).data)):
         why_not = "batches hold more than tensors"
     if not why_not:
-        begun = time.perf_counter()
         graph, why_not = _tried(q)
-        if graph is not None:
-            return Choice(
-                "step", f"the whole step is one graph, made in {time.perf_counter() - begun:.1f} s", graph
-            )
+    if graph is not None:
+        took = f"{time.perf_counter() - begun:.1f} s"
+        return Choice("step", f"compiled: the whole step is one function, made in {took}", graph)
     if q.kept == "step" and q.asked == "auto":
         raise OperationsError(
             f"the steps of this run were compiled, and cannot be here: {why_not}",
             why="Compiled and not, they agree to rounding only.",
-            fix="Continue it as it was, or give --compile off to go on without.",
+            fix="Continue it as it was; or go on without, equal to rounding: --compile off, or --set "
+            "compute.compile=off.",
         )
-    if q.asked == "on":
-        return Choice("forward", f"forward pass and losses; not the whole step: {why_not}")
+    if q.asked == "on" and why_not != _ELSEWHERE:
+        return _forward(q, f"not the whole step: {why_not}")
     return Choice("", f"not compiled: {why_not}")
+
+
+def _forward(q: Question, why: str) -> Choice:
+    """Forward pass and losses alone, if a batch goes through."""
+
+    def forward(model: nn.Module, data: Tree) -> Tensor | tuple[Tensor, Tensor]:
+        return q.parts.objective(model, data)
+
+    objective: Objective = torch.compile(forward, dynamic=False)
+    try:
+        losses_of(replace(q.parts, objective=objective), q.batch(0))
+    except SurefootError:
+        raise
+    except Exception as error:
+        raise OperationsError(
+            f"compute.compile = {q.asked}: nothing can be compiled here: {_first_line(error)}",
+            why=why,
+            fix="torch.compile needs a C++ compiler on a CPU (g++); or go on without, equal to rounding: "
+            "--compile off, or --set compute.compile=off.",
+        ) from error
+    return Choice("forward", f"compiled: forward pass and losses; {why}", objective=objective)
 
 
 def refusal(parts: Parts) -> str:
@@ -106,46 +139,71 @@ def refusal(parts: Parts) -> str:
         return "compute.micro_batch splits the recipe's micro-batches"
     if any(p.is_complex() or p.is_sparse for p in parts.params):
         return "the model has complex or sparse parameters"
+    if any(map(hooked, parts.params)):
+        return "something is hooked to a parameter's gradient"
+    if any(getattr(m, hooks) for m in parts.model.modules() for hooks in BACKWARD_HOOKS):
+        return "something is hooked to the backward pass of a module"
     return ""
 
 
 def _against(q: Question) -> str:
     """What speaks against compiling by the rule, or nothing."""
     if q.parts.device.type != "cpu":
-        return "not compiled: that is a rule for CPUs so far"
+        return "auto is a rule for CPUs so far"
     if q.total < ENOUGH_UPDATES:
-        return f"not compiled: under {ENOUGH_UPDATES:,} updates it does not pay"
+        return f"under {ENOUGH_UPDATES:,} updates it does not pay"
     counter = FlopCounterMode(display=False)
     with counter:
-        losses_of(q.parts, q.batches()[0])
+        losses_of(q.parts, q.batch(0))
     if counter.get_total_flops() > _MOST_FLOPS:
-        return "not compiled: the model's own arithmetic dominates"
+        return "the model's own arithmetic dominates"
     return ""
 
 
 def _tried(q: Question) -> tuple[Graph | None, str]:
     """The graph, if steps of it work and agree with those of `train_step`; else why it is of no use."""
-    before = q.state.snapshot().copy()
-    first, second = q.batches()
+    parts, before = q.parts, q.state.snapshot().copy()
+    unchanged = Unchanged(parts.model, [parts.objective, *parts.transforms])
     try:
-        train_step(q.parts, first, 0.0)
-        expected = probe(q.parts, second)
-        graph = Graph(
-            q.parts, second, eager_every=q.eager_every, cpp_wrapper=q.total >= CPP_WRAPPER_UPDATES
-        )
+        train_step(parts, q.batch(0), 0.0)
+        if not unchanged():
+            return None, "the model, the objective or a transform changes its attributes in a step"
+        if _draws_elsewhere(parts, q.batch(0)):
+            return None, _ELSEWHERE
+        for step in range(1, _FIRST):
+            batch = q.batch(step)
+            expected = probe(parts, batch)
+            if all(map(math.isfinite, expected)):
+                break
+        graph = Graph(parts, batch, eager_every=q.eager_every, cpp_wrapper=q.total >= CPP_WRAPPER_UPDATES)
         try:
-            attempt = graph(second, 0.0)
-            graph(second, 0.0)
-            graph(second, 0.0, check=True)
+            attempts = [graph(batch, 0.0), graph(batch, 0.0), graph(batch, 0.0, check=True)]
         except Exception as error:
-            return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            return None, _first_line(error)
     finally:
         q.state.restore(before)
-    if attempt is not None:
+    for attempt in attempts:
+        if attempt is None:
+            return None, "the first batches are not as usual"
         found = attempt.loss.item(), attempt.grad_norm.item()
         if not all(map(_close, expected, found)):
-            return None, f"loss and gradient's norm of a step are {found}, and should be {expected}"
+            numbers = "loss {:.6g} and gradient norm {:.6g}".format
+            return None, f"a compiled step has {numbers(*found)}, an eager one {numbers(*expected)}"
     return graph, ""
+
+
+def _draws_elsewhere(parts: Parts, batch: Minibatch) -> bool:
+    """Whether a forward pass draws random numbers that are not torch's."""
+    losses_of(parts, batch)
+    drawn = random.random(), np.random.random()
+    *_, last = pieces_of(parts, batch)
+    seed_generators(word(word(parts.draws, batch.slots.step), last.micro), parts.device)
+    return drawn != (random.random(), np.random.random())
+
+
+def _first_line(error: Exception) -> str:
+    cause = getattr(error, "inner_exception", None) or error  # torch wraps what happens in a compiler
+    return f"{type(cause).__name__}: {(str(cause).strip().splitlines() or ['?'])[0]}"
 
 
 def _close(a: float, b: float) -> bool:

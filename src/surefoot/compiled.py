@@ -39,6 +39,7 @@ class Compiled:
         self._order: list[int] | None = None
         self._constants: list[Any] = []
         self._traced_again = False
+        self._drawn = torch.empty(0)
         # A code object of its own: torch keeps there what it compiles, and not more than eight times; a
         # process may make more runs than that.
         function, owner = method.__func__, method.__self__  # type: ignore[attr-defined]
@@ -58,6 +59,7 @@ class Compiled:
             ChangedError: it is not.
         """
         if check or self._order is None or flat is None:
+            self._drawn = torch.default_generator.get_state()
             try:
                 with torch.no_grad():
                     result = self._through_torch(*arguments)
@@ -90,6 +92,7 @@ class Compiled:
         def run(*arguments: Any) -> Any:
             if self._taken is None:
                 self._taken = arguments
+                torch.default_generator.set_state(self._drawn)  # compiling draws, too
             return inner(*arguments)
 
         self._inner = inner
@@ -97,30 +100,42 @@ class Compiled:
 
 
 class Unchanged:
-    """Whether plain attributes and tensors of a model, and of other objects, are those that they were."""
+    """Whether a model, and other objects, are what they were: their attributes (plain ones by value, others
+    by identity), the tensors of the model, and hooks on it.
+    """
 
     def __init__(self, model: nn.Module, others: Iterable[object]) -> None:
         modules = list(model.modules())
         holders = [vars(m) for m in modules] + [vars(o) for o in others if hasattr(o, "__dict__")]
-        self._plain = [
-            (holder, name)
-            for holder in holders
-            for name, value in holder.items()
-            if type(value) in (bool, int, float, str, type(None))
-        ]
-        self._tensors: list[tuple[dict[str, Any], str]]
-        self._tensors = [(m._parameters, name) for m in modules for name in m._parameters]
-        self._tensors += [(m._buffers, name) for m in modules for name in m._buffers]
+        plain = (bool, int, float, str, type(None))
+        self._plain = [(h, name) for h in holders for name, value in h.items() if type(value) in plain]
+        self._other = [(h, name) for h in holders for name, value in h.items() if type(value) not in plain]
+        self._other += [(m._parameters, name) for m in modules for name in m._parameters]
+        self._other += [(m._buffers, name) for m in modules for name in m._buffers]
+        self._holders = [*holders, *(hooks for m in modules for hooks in _hooks(m))]
         self._params = list(model.parameters())
         self._before = self._now()
 
     def _now(self) -> tuple[Any, ...]:
         return (
             [holder.get(name) for holder, name in self._plain],
-            [id(holder.get(name)) for holder, name in self._tensors],
-            [(p.requires_grad, p.data_ptr()) for p in self._params],
+            [id(holder.get(name)) for holder, name in self._other],
+            [len(holder) for holder in self._holders],
+            [(p.requires_grad, p.data_ptr(), hooked(p)) for p in self._params],
         )
 
     def __call__(self) -> bool:
         """Whether they are."""
         return self._now() == self._before
+
+
+def hooked(param: Tensor) -> bool:
+    """Whether something hangs on the gradient of a parameter."""
+    return bool(param._backward_hooks or param._post_accumulate_grad_hooks)
+
+
+def _hooks(module: nn.Module) -> list[dict[Any, Any]]:
+    return [getattr(module, name) for name in ("_forward_hooks", "_forward_pre_hooks", *BACKWARD_HOOKS)]
+
+
+BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")

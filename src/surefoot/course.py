@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
+from surefoot.compiled import ChangedError
 from surefoot.data.feed import Feed, leave_out
 from surefoot.data.plan import Cadence
 from surefoot.errors import RecipeError
@@ -120,9 +121,13 @@ def update(course: Course, batch: Minibatch) -> tuple[Minibatch, float, Attempt]
         holes = history.holes(state.step, batch.slots.ids)
         batch = batch if holes is None else leave_out(batch, holes)
     attempt = None
-    if course.graph is not None:
-        with phase("compiled step"):
-            attempt = course.graph(batch, multiplier)
+    if course.graph is not None and state.eager_from is None:
+        try:
+            with phase("compiled step"):
+                attempt = course.graph(batch, multiplier)
+        except ChangedError:
+            state.eager_from = state.step
+            course.told.event("uncompiled", step=state.step)
     if attempt is None:
         attempt = train_step(course.parts, batch, multiplier)
     state.step += 1

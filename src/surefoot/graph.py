@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
-from surefoot.compiled import ChangedError, Compiled, Unchanged
+from surefoot.compiled import Compiled, Unchanged
 from surefoot.keys import word
 from surefoot.optim.functional import FunctionalUpdate, Slots
 from surefoot.optim.gradients import global_norm
@@ -32,7 +32,7 @@ from surefoot.train_step import (
 from surefoot.types import Minibatch, Tree, leaves
 
 _YES = torch.tensor(True)
-_CHECKED_EVERY = 100
+CHECK_EVERY = 100
 
 
 class Graph:
@@ -43,7 +43,11 @@ class Graph:
             gradient and which buffers change.
         eager_every: steps that end at a multiple of it are left to `train_step`.
         cpp_wrapper: see `Compiled`.
+
+    check_every: steps that are multiples of it check all that the trace depended on.
     """
+
+    check_every = CHECK_EVERY
 
     def __init__(self, parts: Parts, batch: Minibatch, *, eager_every: int, cpp_wrapper: bool) -> None:
         self._parts, self._every = parts, eager_every
@@ -56,7 +60,7 @@ class Graph:
         self._shapes, self._num_rows = _shapes(leaves(batch.data)), batch.num_rows
         self._called = _Called(parts)
         self._unchanged = Unchanged(parts.model, [parts.objective, *parts.transforms])
-        self._stale = False
+        self._has_grads = True
         one = parts.micro >= batch.num_rows
         self._whole = Compiled(self._whole_step, cpp_wrapper=cpp_wrapper) if one else None
         self._pieces = {
@@ -74,26 +78,32 @@ class Graph:
         """Attempts one update; None if it is one for `train_step`: nothing was changed then.
 
         check: looks whether anything has changed that the graph took for constant, as is done now and then.
+
+        Raises:
+            ChangedError: it has; nothing was changed by this step.
         """
         parts, step = self._parts, batch.slots.step
-        if step == 0 or (step + 1) % self._every == 0 or batch.weights is not None or self._stale:
+        if step == 0 or (step + 1) % self._every == 0 or batch.weights is not None:
+            self._has_grads = True
             return None
         data = leaves(batch.data)
         if _shapes(data) != self._shapes or not self._unchanged():
+            self._has_grads = True
             return None
         loss_bound, norm_bound = parts.guard.lets_pass(step)
         rates = [lr * multiplier for lr in parts.base_lr]
         far = FAR_FROM_OVERFLOW / max(1.0, *map(abs, rates))
         self._write_bounds[:] = loss_bound, min(norm_bound, far), far
         self._write_rates[:] = rates
-        try:
-            row, num_micro = self._run(batch, data, check or step % _CHECKED_EVERY == 0)
-        except ChangedError:
-            self._stale = True
-            return None
+        row, num_micro = self._run(batch, data, check or step % self.check_every == 0)
         loss, grad_norm, _, applied = row.tolist()
         if not applied:
+            self._has_grads = True
             return None
+        if self._has_grads:  # of an eager step before
+            for p in parts.params:
+                p.grad = None
+            self._has_grads = False
         scale, loss_scale = parts.precision.scale, None
         permit = parts.guard.permit_on_host(loss, grad_norm, step=step, scaled=scale is not None)
         if scale is not None:
@@ -122,7 +132,8 @@ class Graph:
             whole = (params, slots, buffers, batch.data, total, scale, self._bounds, self._rates)
             flat = [*self._flat, *buffers, *data, total, scale]
             return self._whole(whole, flat, check=check), 1
-        loss, grads, num_micro, after = None, [], 0, buffers
+        loss, grads, num_micro = None, [], 0
+        after = [b.clone() for b in buffers]  # never the model's own: torch would trace that otherwise
         for piece in pieces_of(parts, batch):
             num_micro += 1
             torch.default_generator.manual_seed(word(draws, piece.micro))
@@ -226,7 +237,8 @@ class _Called(nn.Module):
 
 
 def _shapes(data: list[Any]) -> list[Any]:
-    return [(leaf.shape, leaf.dtype) for leaf in data]
+    """All that what was compiled takes for granted of a batch; it gets each tensor as one of its own."""
+    return [(leaf.shape, leaf.dtype, leaf.stride()) for leaf in data] + [len(set(map(id, data)))]
 
 
 def _flat(slots: Slots) -> list[Tensor]:

@@ -234,8 +234,10 @@ class Healer:
         """Puts the alarm off, longer each time; the facts of it."""
         guard = self.parts.guard
         until = alarm.step + 1 + _BEAR * 2 ** min(guard.history.count("bear"), 8)
-        one = Intervention("bear", alarm.step + 1, alarm.step, float(until))
-        guard.history = guard.history.with_(one)
+        step = self.state.step
+        guard.history = guard.history.with_(Intervention("bear", step, alarm.step, float(until)))
+        if alarm.detector == "D4":  # else these batches would go on being refused
+            guard.history = guard.history.with_(Intervention("anew", step, alarm.step))
         reason = (
             f"{alarm.reason}. On batches from before the weights do as well as ever: it is the batches "
             f"from step {alarm.onset} on that differ. Nothing is undone; watched until step {until}"

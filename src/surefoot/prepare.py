@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from surefoot.checkpoint.snapshot import Snapshot
@@ -45,7 +45,7 @@ from surefoot.optim.specs import build_optimizer
 from surefoot.optim.update import Updater
 from surefoot.parallel.device import choose_device
 from surefoot.parallel.single import Single
-from surefoot.protocols import Objective, Weighing
+from surefoot.protocols import Weighing
 from surefoot.recipe import Recipe, Validation
 from surefoot.state import RunState
 from surefoot.train_step import Parts, seed_generators
@@ -188,7 +188,7 @@ def prepare(
     feed = Feed(recipe.data, plan, recipe.seed, device)
     question = Question(
         asked=operations.compute.compile, kept=kept, parts=parts, state=state, total=total,
-        batches=lambda: (feed.at(0), feed.at(1)), eager_every=EVERY,
+        batch=feed.at, eager_every=EVERY,
     )  # fmt: skip
     try:
         choice = choose(question)
@@ -196,8 +196,8 @@ def prepare(
         raise
     except Exception as error:
         raise first_failure("first step", error) from error
-    if choice.compiled == "forward":
-        parts = replace(parts, objective=_compiled(recipe.objective))
+    if choice.objective is not None:
+        parts = replace(parts, objective=choice.objective)
     identity |= {
         "total_updates": total,
         "groups": groups,
@@ -351,14 +351,6 @@ def _length(source: Any, name: str) -> int:
     if length < 1:
         raise DataError(f"{name} is empty.", fix="Give a source with at least one sample.")
     return length
-
-
-def _compiled(objective: Objective) -> Objective:
-    def forward(model: nn.Module, data: Any) -> Tensor | tuple[Tensor, Tensor]:
-        return objective(model, data)
-
-    compiled: Objective = torch.compile(forward, dynamic=False)
-    return compiled
 
 
 def _patience(rule: Plateau | EarlyStopping | None) -> Patience | None:

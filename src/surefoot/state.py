@@ -34,7 +34,8 @@ class RunState:
 
     step: attempted updates. samples: consumed. num_refused: updates not applied. validated_at: step
     of the last validation. metrics: its values. lr_cuts: reductions on plateau so far. elapsed_s:
-    seconds of training in all attempts.
+    seconds of training in all attempts. eager_from: the step from which on a compiled run is not, since its
+    model was changed.
     """
 
     model: nn.Module
@@ -53,6 +54,7 @@ class RunState:
     lr_cuts: int = 0
     stopped_early: bool = False
     elapsed_s: float = 0.0
+    eager_from: int | None = None
 
     COUNTERS: ClassVar[tuple[str, ...]] = (
         "step",
@@ -63,6 +65,7 @@ class RunState:
         "lr_cuts",
         "stopped_early",
         "elapsed_s",
+        "eager_from",
     )
 
     def snapshot(self) -> Snapshot:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from surefoot.errors import RecipeError
-from surefoot.guard.detect import FINE, NOT_FINITE, SAT_OUT
+from surefoot.guard.detect import FINE, LOSS_SPIKE, NOT_FINITE, SAT_OUT
 from surefoot.guard.history import History
 from surefoot.guard.judge import CALM, Judge
 from surefoot.guard.layers import Layers
@@ -73,6 +73,22 @@ class Permit(NamedTuple):
     clip: float | Tensor
 
 
+def _refused_for_good(num: int, step: int, verdict: int) -> Stop:
+    told = f"{num} updates in a row were refused, up to step {step}: "
+    if verdict == NOT_FINITE:
+        return Stop(
+            told + "loss or gradient is not finite whatever the batch.",
+            "Lower the learning rate, clip the gradient (clip_norm), or look for values in the data that "
+            "are not finite.",
+        )
+    what = "loss" if verdict == LOSS_SPIKE else "gradient"
+    return Stop(
+        told + f"the {what} stays far above what was usual before.",
+        'Look at what came into the data there, and at the rate; or Guard("watch"), if it is meant '
+        "to be so.",
+    )
+
+
 _YES, _NO = torch.tensor(True), torch.tensor(False)
 _GO = Permit(_YES, 0.0, 1.0)
 
@@ -94,6 +110,7 @@ class Watch:
         self.layers = Layers()
         self.num_refused_in_a_row = 0
         self.on = rules.mode != "off"
+        self._device = device
         self.judge = Judge(device)
 
     def permit(self, loss: Tensor, grad_norm: Tensor, *, step: int, scaled: bool) -> Permit:
@@ -107,6 +124,7 @@ class Watch:
         watched = Permit(finite if scaled else torch.ones_like(finite), 0.0, 1.0)
         if not self.on:
             return watched
+        self._begin_anew(step)
         norm64 = grad_norm.double()
         verdict, clip, _ = self.judge.take(loss.double(), norm64)
         if not self.heals:
@@ -126,7 +144,7 @@ class Watch:
             return math.inf, math.inf
         loss, norm = self.judge.certain_below()
         if self.heals and self.history.interventions:
-            if self.history.sits_out(step):
+            if self.history.sits_out(step) or self.history.begins_anew(step):
                 return -math.inf, -math.inf
             limit = self.history.most_norm(step)
             norm = norm if limit is None else min(norm, limit)
@@ -137,6 +155,8 @@ class Watch:
         if not self.on:
             bad = scaled and not (math.isfinite(loss) and math.isfinite(norm))
             return Permit(_NO if bad else _YES, FINE, 1.0)
+        if self.history.interventions:
+            self._begin_anew(step)
         decision = self.judge.take(loss, norm)
         verdict, clip, _ = decision
         if not self.heals:
@@ -149,6 +169,10 @@ class Watch:
         if self.history.sits_out(step):
             verdict = SAT_OUT
         return Permit(_YES if verdict == FINE else _NO, verdict, clip)
+
+    def _begin_anew(self, step: int) -> None:
+        if self.history.begins_anew(step):
+            self.judge = Judge(self._device)
 
     def usual_norm(self) -> float | None:
         """Of the gradient; None within the burn-in."""
@@ -167,12 +191,7 @@ class Watch:
         if verdict != SAT_OUT:
             self.num_refused_in_a_row = 0 if permitted else self.num_refused_in_a_row + 1
         if self.num_refused_in_a_row >= self.rules.max_refused_in_a_row:
-            return Stop(
-                f"{self.num_refused_in_a_row} updates in a row were refused, up to step {step}: "
-                "loss or gradient is not finite whatever the batch.",
-                "Lower the learning rate, clip the gradient (clip_norm), or look for values in the data "
-                "that are not finite.",
-            )
+            return _refused_for_good(self.num_refused_in_a_row, step, verdict)
         if not self.on:
             return None
         bears = self.history.bears(step)

@@ -15,16 +15,18 @@ from numpy.typing import NDArray
 
 from surefoot.types import Ids
 
-Kind = Literal["quarantine", "release", "rollback", "hold_rate", "cut_rate", "clip", "bear", "sit_out"]
+Kind = Literal[
+    "quarantine", "release", "rollback", "hold_rate", "cut_rate", "clip", "bear", "anew", "sit_out"
+]
 
 
 class Intervention(NamedTuple):
     """kind: ``quarantine`` (samples are left out), ``release`` (they come back), ``rollback`` (the run went
     back to `begins`), ``hold_rate`` (the schedule's multiplier is at most `value`), ``cut_rate`` (the rate
-    is multiplied by `value`), ``clip`` (the gradient's norm is at most `value`), ``bear`` (a high loss
-    and many refused updates are no alarm before step `value`), ``sit_out`` (all updates before step `value`
-    are refused). begins: the first step for which it holds. at: the step in
-    which it was decided.
+    is multiplied by `value`), ``clip`` (the gradient's norm is at most `value`), ``bear`` (before step
+    `value` neither a high loss nor what is not finite is an alarm), ``anew`` (what is usual is learned
+    anew), ``sit_out`` (all updates before step `value` are refused). begins: the first step for which it holds.
+    at: the step in which it was decided.
     """
 
     kind: Kind
@@ -71,8 +73,12 @@ class History:
         return any(i.kind == "sit_out" and i.begins <= step < i.value for i in self.interventions)
 
     def bears(self, step: int) -> bool:
-        """Whether a high loss and many refused updates are no alarm in this step."""
+        """Whether a high loss, and what is not finite, is no alarm in this step."""
         return any(i.kind == "bear" and i.begins <= step < i.value for i in self.interventions)
+
+    def begins_anew(self, step: int) -> bool:
+        """Whether what is usual is learned anew from this step on."""
+        return any(i.kind == "anew" and i.begins == step for i in self.interventions)
 
     def holes(self, step: int, ids: Ids) -> NDArray[np.bool_] | None:
         """Which of these samples (int64[B]) are left out in this step; None: none."""
@@ -105,7 +111,7 @@ class History:
         step `forget` or later, when all went wrong; and alarms that were borne are borne again.
         """
         kept = [i for i in self.interventions if i.kind != "quarantine" or i.at < forget]
-        again = ("quarantine", "bear")
+        again = ("quarantine", "bear", "anew")
         moved = [i._replace(begins=min(i.begins, step)) if i.kind in again else i for i in kept]
         return History((*moved, Intervention("rollback", step, at)), self.num_decided + 1)
 

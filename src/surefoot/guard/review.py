@@ -64,7 +64,7 @@ class Review:
             verdict: `FINE`, or why the update was refused.
             expected: it was refused because fp16 is looking for its loss scale, or for a sample whose data
                 are not finite and which is left out from now on.
-            bears: neither a high level nor refused updates are an alarm now.
+            bears: neither a high level nor what is not finite is an alarm now.
         """
         self.age += 1
         if expected or verdict == SAT_OUT:
@@ -72,13 +72,14 @@ class Review:
         if verdict == FINE and not self.skips:
             self.waiting.append(loss)
             return self._block(step, bears) if len(self.waiting) >= BLOCK else None
-        self.skips = (self.skips << 1 | (verdict != FINE)) & _SKIPS
+        counts = verdict != FINE and not (bears and verdict == NOT_FINITE)
+        self.skips = (self.skips << 1 | counts) & _SKIPS
         self.num_not_finite = self.num_not_finite + 1 if verdict == NOT_FINITE else 0
         if self.num_not_finite >= _HARD_STREAK and not bears:
             onset = step - self.num_not_finite + 1
             return Alarm("D5", step, onset, f"{self.num_not_finite} steps in a row were not finite")
         num_skips = self.skips.bit_count()
-        if num_skips >= _MANY_SKIPS and not bears:
+        if num_skips >= _MANY_SKIPS and counts:
             onset = max(0, step + 1 - self.skips.bit_length())
             reason = f"{num_skips} of {_OF_STEPS} updates had to be refused"
             return Alarm("D4", step, onset, reason)

@@ -79,7 +79,8 @@ class FunctionalUpdate:
 
 def known(optimizer: Optimizer) -> bool:
     """Whether there is a function for it."""
-    return type(optimizer) in _FUNCTIONS and "step" not in vars(optimizer)
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return type(optimizer) in _FUNCTIONS and "step" not in vars(optimizer) and not hooks
 
 
 def _settings(function: Callable[..., None], group: dict[str, Any]) -> dict[str, Any]:

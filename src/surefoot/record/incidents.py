@@ -263,6 +263,17 @@ def _failed(event: Event) -> Incident | None:
     )
 
 
+def _uncompiled(event: Event) -> Incident:
+    return _incident(
+        event,
+        "steps are not compiled any more",
+        "uncompiled",
+        cause="something that the compiled step took for constant was changed",
+        action="each step from there on is an eager one: slower, and right",
+        advice="Give what changes as a tensor, or train with --compile off.",
+    )
+
+
 _KINDS: dict[str, Callable[[Event], Incident | None]] = {
     "skipped": _refused,
     "would_skip": _refused,
@@ -280,6 +291,7 @@ _KINDS: dict[str, Callable[[Event], Incident | None]] = {
     "checkpoint_rejected": _rejected,
     "mended": _mended,
     "took_over": _took_over,
+    "uncompiled": _uncompiled,
     "ended": _failed,
 }
 KINDS = tuple(_KINDS)

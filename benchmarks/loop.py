@@ -7,7 +7,7 @@ Contenders, each in a process of its own, in interleaved rounds; medians, and ra
 * ``loop``: what people write: ``DataLoader(TensorDataset, shuffle=True)``, ``zero_grad``, ``backward``,
   ``clip_grad_norm_``, ``step``, ``scheduler.step``, ``loss.item()``;
 * ``bare``: pre-collated batches, fused optimizer, clipping and schedule, no telemetry;
-* ``surefoot``: `surefoot.steps` at its defaults: shuffled, a row per step, clipping, schedule,
+* ``surefoot``: the loop of `surefoot.fit` at its defaults: shuffled, a row per step, clipping, schedule,
   permission, ledger;
 * ``surefoot-fused``: the same with ``fused=True`` in the recipe's optimizer;
 * ``surefoot-compiled``: the same with ``compute.compile = on``, at the start of a run of a million updates.
@@ -140,6 +140,9 @@ def surefoot(w, *, fused=False, compiled="off", total=0):
     import torch.nn.functional as F
 
     import surefoot as sf
+    from surefoot.api import run_steps
+    from surefoot.build import build
+    from surefoot.record.folder import RunFolder
 
     rate = {"lr": w.lr, "fused": fused}
     recipe = sf.Recipe(
@@ -154,7 +157,7 @@ def surefoot(w, *, fused=False, compiled="off", total=0):
     )
     operations = sf.Operations(compute={"compile": compiled})
     with tempfile.TemporaryDirectory() as folder:
-        yield from sf.steps(recipe, out=f"{folder}/run", operations=operations)
+        yield from run_steps(build(recipe, RunFolder(f"{folder}/run"), operations))
 
 
 def surefoot_fused(w):

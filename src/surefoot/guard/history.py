@@ -25,8 +25,8 @@ class Intervention(NamedTuple):
     back to `begins`), ``hold_rate`` (the schedule's multiplier is at most `value`), ``cut_rate`` (the rate
     is multiplied by `value`), ``clip`` (the gradient's norm is at most `value`), ``bear`` (before step
     `value` neither a high loss nor what is not finite is an alarm), ``anew`` (what is usual is learned
-    anew), ``sit_out`` (all updates before step `value` are refused). begins: the first step for which it holds.
-    at: the step in which it was decided.
+    anew), ``sit_out`` (all updates before step `value` are refused). begins: the first step for which it
+    holds. at: the step in which it was decided.
     """
 
     kind: Kind

@@ -36,6 +36,9 @@ bench: setup
 	$(BIN)/python benchmarks/restart.py --out benchmarks/results/restart.json
 	$(BIN)/python benchmarks/checkpoint.py --out benchmarks/results/checkpoint.json
 	$(BIN)/python benchmarks/goodput.py --out benchmarks/results/goodput.json
+	$(BIN)/python benchmarks/guard.py --out benchmarks/results/guard.json
+	$(BIN)/python benchmarks/heal.py --out benchmarks/results/heal.json
+	$(BIN)/python benchmarks/peers.py --out benchmarks/results/peers.json
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build

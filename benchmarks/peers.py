@@ -377,7 +377,7 @@ def environment() -> Path:
         ]
         subprocess.run([*install, *pins, "setuptools"], check=True)
         subprocess.run([*install, *pins, "-r", str(HERE / "peers.txt")], check=True)
-        # fastai asks for torchvision, whose usual build does not fit a CPU build of torch; nothing here uses it
+        # fastai asks for torchvision, whose usual build does not fit torch's for CPUs; nothing here uses it
         subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "-y", "torchvision"], check=True)
         subprocess.run([*install, "--no-build-isolation", "-e", str(ROOT)], check=True)
         (ENVIRONMENT / ".ready").touch()

@@ -123,7 +123,14 @@ def run(changed, out, operations):
     return result(built), built
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = (
+    "optimizer momentum", "optimizer adamw", "clip value", "bf16", "batch norm and dropout",
+    "tied, frozen, unused", "accumulation with dropout", "weights", "a short last batch",
+)  # fmt: skip
+ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.soak) for name in CASES]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_it_equals_the_eager_step_to_rounding(name, tmp_path):
     changed = recipe(**CASES[name])
     eager, _ = run(changed, tmp_path / "eager", EAGER)
@@ -158,7 +165,7 @@ def test_it_equals_the_eager_step_to_rounding(name, tmp_path):
 # ---------------------------------------------------------------------------------- exactly alike
 
 
-@pytest.mark.parametrize("name", ["optimizer adamw", "batch norm and dropout", "accumulation with dropout"])
+@pytest.mark.parametrize("name", ["batch norm and dropout", "accumulation with dropout"])
 def test_an_interrupted_run_is_alike_to_the_bit(name, tmp_path):
     changed = recipe(**CASES[name])
     whole, _ = run(changed, tmp_path / "whole", COMPILED)
@@ -401,14 +408,13 @@ def both(model, data):
     return F.cross_entropy(model(data["a"]) - 2 * model(data["b"]), data["y"], reduction="none")
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("case", ["strides", "aliases"])
-def test_batches_that_lie_otherwise_in_memory(case, seed, tmp_path):
+def test_batches_that_lie_otherwise_in_memory(case, tmp_path):
     if case == "strides":
         model = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 3))  # noqa: E731
-        changed = recipe(data=Strided(), model=model, seed=seed)
+        changed = recipe(data=Strided(), model=model)
     else:
-        changed = recipe(data=Twice(), objective=both, seed=seed)
+        changed = recipe(data=Twice(), objective=both)
     eager, _ = run(changed, tmp_path / "eager", EAGER)
     other, _ = run(changed, tmp_path / "other", COMPILED)
     torch.testing.assert_close(flat(other.model), flat(eager.model), rtol=1e-4, atol=1e-5)

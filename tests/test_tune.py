@@ -29,6 +29,7 @@ def keys(tuned):
     return [set(one.settings) for one in tuned.tried]
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_alternatives_are_tried_beside_the_best_so_far(monkeypatch):
     monkeypatch.setattr("surefoot.tune.compute._LEAST_TURN_S", 0.01)

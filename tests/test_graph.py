@@ -165,7 +165,14 @@ def test_it_equals_the_eager_step_to_rounding(name, tmp_path):
 # ---------------------------------------------------------------------------------- exactly alike
 
 
-@pytest.mark.parametrize("name", ["batch norm and dropout", "accumulation with dropout"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "batch norm and dropout",
+        "accumulation with dropout",
+        pytest.param("optimizer adamw", marks=pytest.mark.soak),
+    ],
+)
 def test_an_interrupted_run_is_alike_to_the_bit(name, tmp_path):
     changed = recipe(**CASES[name])
     whole, _ = run(changed, tmp_path / "whole", COMPILED)
@@ -389,6 +396,10 @@ class Strided:
         return x, self.y[ids]
 
 
+def flattening():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+
 class Twice:
     """One tensor under two names, in some batches."""
 
@@ -411,8 +422,7 @@ def both(model, data):
 @pytest.mark.parametrize("case", ["strides", "aliases"])
 def test_batches_that_lie_otherwise_in_memory(case, tmp_path):
     if case == "strides":
-        model = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 3))  # noqa: E731
-        changed = recipe(data=Strided(), model=model)
+        changed = recipe(data=Strided(), model=flattening)
     else:
         changed = recipe(data=Twice(), objective=both)
     eager, _ = run(changed, tmp_path / "eager", EAGER)

@@ -28,8 +28,7 @@ from surefoot.record.folder import RunFolder
 BY_NUMBER = {s.number: s for s in SCENARIOS}
 MUST_BREAK = (1, 2, 3, 4, 5, 7, 8, 10, 11, 12)
 RESTRAINED = (6, 13)
-MERELY_LEARN = (7, 14)
-CHANCE = 0.1
+CHANCE = 0.25
 
 
 def events(run, kind):
@@ -155,39 +154,37 @@ def clean(tmp_path_factory):
     return get
 
 
-def healed(number, seed, out, clean):
-    """The metric over that of the undisturbed run, after whatever must hold in each repetition."""
+def assert_healed(number, seed, out, clean):
     scenario = BY_NUMBER[number]
     done = play(scenario, seed, sf.Guard(), out)
-    if number == 14 and done.status == "diverged":
-        assert done.exit_code == 3
+    if number == 14:
+        assert (done.status, done.exit_code) == ("diverged", 3)
         assert "batch norm" in sf.open_run(out).summary()["reason"]
-        return 1.0
+        return
     assert done.status == "finished"
     assert sf.open_run(out).verify() == []
+    if number == 7:  # keeps on learning; how far such a network comes is another matter
+        assert done.metrics["accuracy"] > CHANCE
+    elif number == 12:
+        assert done.metrics["loss"] < 0.51  # the optimum is 0.5
+    else:
+        assert done.metrics["accuracy"] >= 0.98 * clean(seed)
     if number in RESTRAINED:
         assert len(events(out, "rolled_back")) <= 1
-    if number in MERELY_LEARN:  # how far such networks come is another matter
-        assert done.metrics["accuracy"] > 1.5 * CHANCE
-        return 1.0
-    if number == 12:
-        return 0.5 / done.metrics["loss"]  # the optimum is 0.5
-    return done.metrics["accuracy"] / clean(seed)
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("number", sorted(BY_NUMBER))
 def test_the_guard_heals(number, seed, tmp_path, clean):
-    assert healed(number, seed, tmp_path / "run", clean) >= 0.98
+    assert_healed(number, seed, tmp_path / "run", clean)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(3, 13))
 @pytest.mark.parametrize("number", sorted(BY_NUMBER))
-def test_the_guard_heals_ten_seeds(number, tmp_path, clean):
-    ratios = [healed(number, seed, tmp_path / f"{seed}", clean) for seed in range(3, 13)]
-    assert sum(ratio >= 0.98 for ratio in ratios) >= 9, ratios
-    assert min(ratios) >= 0.95
+def test_the_guard_heals_ten_seeds(number, seed, tmp_path, clean):
+    assert_healed(number, seed, tmp_path / "run", clean)
 
 
 @pytest.mark.parametrize("seed", range(3))

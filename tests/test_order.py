@@ -5,13 +5,16 @@ import itertools
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from conftest import blobs, recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import surefoot as sf
+from surefoot.data.feed import Feed
 from surefoot.data.order import ALGORITHM, Order, Permutation
 from surefoot.data.plan import Cadence, Plan
+from surefoot.data.sources import Arrays
 from surefoot.errors import RecipeError
 from surefoot.keys import key, word, words
 from surefoot.record.ledger import Ledger
@@ -241,3 +244,22 @@ def test_neither_workers_nor_prefetch_change_anything(tmp_path):
             )
             seen.add((done.digest, done.ledger))
     assert len(seen) == 1
+
+
+@given(
+    st.integers(1, 300), st.sampled_from([1, 3, 8, 16, 32]), st.sampled_from(["keep", "straddle", "pad"]),
+    st.integers(0, 60), st.integers(0, 60),
+)  # fmt: skip
+def test_batches_gathered_together_are_those_of_each_step(n, size, tail, start, length):
+    """And where one begins in memory, within a cache line, depends on nothing but that it begins one."""
+    x = np.arange(n * 16, dtype="float32").reshape(n, 16)
+    source = Arrays(x, np.arange(n) * np.ones((8, 1), np.int64).T)
+    feed = Feed(source, Plan(n, size, tail, seed=3), 0, torch.device("cpu"))
+    got = list(feed.batches(start, start + length))
+    assert [b.slots.step for b in got] == list(range(start, start + length))
+    for batch in got:
+        alone = feed.at(batch.slots.step)
+        assert batch.slots.ids.tolist() == alone.slots.ids.tolist()
+        assert all(torch.equal(a, b) for a, b in zip(batch.data, alone.data, strict=True))
+        assert (batch.weights is None) == (alone.weights is None)
+        assert all(a.data_ptr() % 64 == 0 for a in batch.data)

@@ -16,7 +16,7 @@ import torch
 
 from surefoot.checkpoint.retention import Retention
 from surefoot.checkpoint.writer import Writer
-from surefoot.choice import Choice, Compiled, kept_choice
+from surefoot.choice import Choice, Extent, kept_choice
 from surefoot.environment import of_attempt
 from surefoot.errors import SurefootError
 from surefoot.guard.hang import stacks_if_stuck
@@ -123,7 +123,7 @@ def _build(
     return Build(folder, state, run, ended, notes, groups)
 
 
-def _kept_choice(folder: RunFolder) -> Compiled | None:
+def _kept_choice(folder: RunFolder) -> Extent | None:
     """What was compiled in the run that lies in a folder, if one does and tells."""
     if not folder.holds_run():
         return None

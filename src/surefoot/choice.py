@@ -28,7 +28,7 @@ from surefoot.state import RunState
 from surefoot.train_step import Parts, losses_of, pieces_of, probe, seed_generators, train_step
 from surefoot.types import Minibatch, Tree, leaves
 
-Compiled = Literal["step", "forward", ""]
+Extent = Literal["step", "forward", ""]
 """What is compiled: the whole step, the forward pass and its losses, or nothing."""
 
 ENOUGH_UPDATES = 50_000
@@ -40,11 +40,11 @@ _FIRST = 8  # batches among which one is finite
 
 
 class Choice(NamedTuple):
-    """compiled: see `Compiled`. reason: for people, if there is anything to tell. graph: of the whole step.
+    """compiled: see `Extent`. reason: for people, if there is anything to tell. graph: of the whole step.
     objective: compiled, if it is that alone.
     """
 
-    compiled: Compiled
+    compiled: Extent
     reason: str
     graph: Graph | None = None
     objective: Objective | None = None
@@ -56,7 +56,7 @@ class Question(NamedTuple):
     """
 
     asked: str
-    kept: Compiled | None
+    kept: Extent | None
     parts: Parts
     state: RunState
     batch: Callable[[int], Minibatch]
@@ -64,7 +64,7 @@ class Question(NamedTuple):
     eager_every: int
 
 
-def kept_choice(environment: Mapping[str, Any]) -> Compiled:
+def kept_choice(environment: Mapping[str, Any]) -> Extent:
     """What was compiled in an environment."""
     found = environment.get("compiled")
     if found is True:  # as the first versions noted it
@@ -98,7 +98,7 @@ def choose(q: Question) -> Choice:
     if q.kept == "step" and q.asked == "auto":
         raise OperationsError(
             f"the steps of this run were compiled, and cannot be here: {why_not}",
-            why="Compiled and not, they agree to rounding only.",
+            why="Extent and not, they agree to rounding only.",
             fix="Continue it as it was; or go on without, equal to rounding: --compile off, or --set "
             "compute.compile=off.",
         )

@@ -20,7 +20,7 @@ def environment(
     device: torch.device, *, compiled: str, micro_batch: int | None, layout: str
 ) -> dict[str, Any]:
     """What the bits of a result depend on besides the recipe, and what helps to repeat it. compiled: see
-    `surefoot.choice.Compiled`.
+    `surefoot.choice.Extent`.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {

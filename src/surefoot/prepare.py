@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from surefoot.checkpoint.snapshot import Snapshot
 from surefoot.checkpoint.store import DirectoryStore
-from surefoot.choice import Choice, Compiled, Question, choose
+from surefoot.choice import Choice, Extent, Question, choose
 from surefoot.course import Course, Record, first_failure
 from surefoot.data.feed import Feed
 from surefoot.data.plan import Cadence, Plan
@@ -151,7 +151,7 @@ def prepare(
     operations: Operations,
     origin: Mapping[str, Any] | None = None,
     *,
-    kept: Compiled | None = None,
+    kept: Extent | None = None,
 ) -> Prepared:
     """Checks a recipe with operations as far as that can be done before anything is written.
 

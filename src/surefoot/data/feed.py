@@ -95,13 +95,10 @@ class Feed:
             if any(s.num_samples < size for s in slots):
                 yield from (self.at(step) for step in steps if step >= start)
                 continue
-            split: list[Any] = []  # leaves of the batches, array by array
             data = self.source.fetch(np.concatenate([s.ids for s in slots]))
-            map_leaves(lambda leaf: split.append(leaf.split(size)), data)  # noqa: B023
+            split = [leaf.split(size) for leaf in leaves(data)]
             for i in range(max(start - first, 0), len(slots)):
-                parts = iter(split)
-                batch = map_leaves(lambda _: next(parts)[i], data)  # noqa: B023
-                yield self._minibatch(slots[i], batch)
+                yield self._minibatch(slots[i], _with_leaves(data, [parts[i] for parts in split]))
 
     def _from_workers(self, start: int, stop: int) -> Generator[Minibatch, None, None]:
         """Batches fetched by processes. If one of them dies or hangs, all are replaced, and go on with the
@@ -199,6 +196,12 @@ class Feed:
         if self.device.type == "cuda":  # pinned, so that the copy does not wait for the device
             leaf = leaf.pin_memory()
         return leaf.to(self.device, non_blocking=True)
+
+
+def _with_leaves(tree: Tree, others: list[Tensor]) -> Tree:
+    """The same nest with other leaves, in order."""
+    rest = iter(others)
+    return map_leaves(lambda _: next(rest), tree)
 
 
 def leave_out(batch: Minibatch, out: NDArray[np.bool_]) -> Minibatch:

@@ -253,7 +253,7 @@ def test_neither_workers_nor_prefetch_change_anything(tmp_path):
 def test_batches_gathered_together_are_those_of_each_step(n, size, tail, start, length):
     """And where one begins in memory, within a cache line, depends on nothing but that it begins one."""
     x = np.arange(n * 16, dtype="float32").reshape(n, 16)
-    source = Arrays(x, np.arange(n) * np.ones((8, 1), np.int64).T)
+    source = Arrays(x, np.repeat(np.arange(n)[:, None], 8, axis=1))
     feed = Feed(source, Plan(n, size, tail, seed=3), 0, torch.device("cpu"))
     got = list(feed.batches(start, start + length))
     assert [b.slots.step for b in got] == list(range(start, start + length))

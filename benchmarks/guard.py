@@ -1,9 +1,14 @@
-"""What the guard costs: microseconds per update with `Guard()` and with `Guard("off")`.
+"""What the guard costs, and what all that surefoot does beside the arithmetic costs in a compiled step.
 
-    python benchmarks/guard.py [--rounds 21] [--out benchmarks/results/guard.json]
+    python benchmarks/guard.py [--processes 6] [--turns 15] [--out benchmarks/results/guard.json]
 
-Both runs go on in one process, in turns (500 updates of the MLP, 10 of the GPT, one thread); the result is
-the median ratio of neighbouring turns.
+Ratios of microseconds per update; one thread. In each process two runs go on in turns; the result is the
+median over processes of the medians of ratios of neighbouring turns:
+
+* ``mlp``, ``gpt``: ``Guard()`` beside ``Guard("off")``, eager;
+* ``mlp-compiled``: the same, compiled;
+* ``mlp-adds``: a compiled run with guard, log and ledger beside the same compiled updates without a run;
+* ``mlp-same``: ``Guard("off")`` beside itself: what of such ratios is noise.
 """
 
 from __future__ import annotations
@@ -12,53 +17,77 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from turns import in_process, in_turns, ratio
 from workloads import WORKLOADS
 
 import surefoot as sf
+from surefoot.api import run_steps
+from surefoot.build import build
+from surefoot.course import Silence, update
+from surefoot.prepare import prepare
+from surefoot.record.folder import RunFolder
 
-TURN = {"mlp": 500, "gpt": 10}
+STEPS = {"mlp": 400, "gpt": 10}
+"""Of a turn: two of the guard's cycles of 200, or what takes seconds."""
+PAIRS = {
+    "mlp": ("heal", "off"),
+    "gpt": ("heal", "off"),
+    "mlp-compiled": ("heal", "off"),
+    "mlp-adds": ("heal", "silent"),
+    "mlp-same": ("off", "off again"),
+}
+LONG = 1_000_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--processes", type=int, default=6)
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--pairs", nargs="+", default=list(PAIRS))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--one", nargs=2, metavar=("PAIR", "ORDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    results = [measure(name, arguments.rounds) for name in TURN]
+    if arguments.one:
+        pair, order = arguments.one
+        print(json.dumps(measure(pair, arguments.turns, reverse=order == "reverse")))
+        return
+    results = []
+    for pair in arguments.pairs:
+        rounds = [
+            in_process(
+                __file__, "--one", pair, ("as given", "reverse")[i % 2], "--turns", str(arguments.turns)
+            )
+            for i in range(arguments.processes)
+        ]
+        found = statistics.median(r["ratio"] for r in rounds)
+        results.append({"pair": pair, "ratio": found, "processes": rounds})
+        told = ", ".join(f"{r['ratio']:.3f}" for r in rounds)
+        print(f"{pair}: {PAIRS[pair][0]} takes {found:.3f} of {PAIRS[pair][1]} ({told})", flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def measure(name: str, rounds: int) -> dict[str, Any]:
+def measure(pair: str, turns: int, *, reverse: bool) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    workload, _, extent = pair.partition("-")
+    compiled = "on" if extent in ("compiled", "adds") else "off"
     with tempfile.TemporaryDirectory() as folder:
-        runs = {mode: updates(name, mode, rounds, f"{folder}/{mode}") for mode in ("heal", "off")}
-        times: dict[str, list[float]] = {mode: [] for mode in runs}
-        for turn in range(rounds + 1):
-            for mode in sorted(runs, reverse=bool(turn % 2)):
-                began = time.perf_counter()
-                for _ in range(TURN[name]):
-                    next(runs[mode])
-                if turn:
-                    times[mode].append(1e6 * (time.perf_counter() - began) / TURN[name])
-        for run in runs.values():
-            run.close()  # type: ignore[attr-defined]
-    ratios = [a / b for a, b in zip(times["heal"], times["off"], strict=True)]
+        modes = PAIRS[pair][::-1] if reverse else PAIRS[pair]
+        runs = {mode: updates(workload, mode, compiled, f"{folder}/{mode}") for mode in modes}
+        times = in_turns(runs, steps=STEPS[workload], turns=turns)
     medians = {mode: statistics.median(values) for mode, values in times.items()}
-    ratio = statistics.median(ratios)
-    print(f"{name}: {medians['heal']:.0f} µs with the guard, {medians['off']:.0f} without: {ratio:.3f}")
-    return {"workload": name, "us_per_update": medians, "ratio": ratio, "ratios": ratios}
+    return {"us_per_update": medians, "ratio": ratio(times, *PAIRS[pair])}
 
 
-def updates(name: str, mode: str, rounds: int, out: str) -> Iterator[Any]:
-    w = WORKLOADS[name]
+def updates(workload: str, mode: str, compiled: str, out: str) -> Iterator[Any]:
+    w = WORKLOADS[workload]
     recipe = sf.Recipe(
         model=w.model,
         data=sf.Arrays(*w.data()),
@@ -67,10 +96,16 @@ def updates(name: str, mode: str, rounds: int, out: str) -> Iterator[Any]:
         schedule=sf.cosine(),
         batch=sf.Batch(w.batch),
         gradient=(sf.clip_norm(1.0),),
-        until=TURN[name] * (rounds + 1) + 1,
-        guard=sf.Guard(mode),
+        until=LONG,
+        guard=sf.Guard("heal" if mode == "heal" else "off"),
     )
-    return iter(sf.steps(recipe, out=out))
+    operations = sf.Operations(compute={"compile": compiled, "threads": 1})
+    if mode != "silent":
+        return run_steps(build(recipe, RunFolder(out), operations))
+    made = prepare(recipe, operations)
+    feed = made.feed(lambda kind, **facts: None)
+    course = made.course(feed, None, Silence(), deque(maxlen=1))  # type: ignore[arg-type]
+    return (update(course, batch) for batch in feed.batches(0, LONG))
 
 
 if __name__ == "__main__":

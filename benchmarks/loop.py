@@ -10,7 +10,9 @@ Contenders, each in a process of its own, in interleaved rounds; medians, and ra
 * ``surefoot``: the loop of `surefoot.fit` at its defaults: shuffled, a row per step, clipping, schedule,
   permission, ledger;
 * ``surefoot-fused``: the same with ``fused=True`` in the recipe's optimizer;
-* ``surefoot-compiled``: the same with ``compute.compile = on``, at the start of a run of a million updates.
+* ``surefoot-compiled``: the same with ``compute.compile = on``, at the start of a run of a million updates;
+* ``surefoot-tuned``: with what `tune compute` finds on the workload;
+* ``surefoot-bf16``: with ``precision="bf16"``: another recipe, not a faster way to do the same.
 
 A benchmark is never a test: it prints and stores numbers, and passes or fails nothing.
 """
@@ -26,9 +28,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-CONTENDERS = ("loop", "bare", "surefoot", "surefoot-fused", "surefoot-compiled")
+CONTENDERS = (
+    "loop", "bare", "surefoot", "surefoot-fused", "surefoot-compiled", "surefoot-tuned", "surefoot-bf16"
+)  # fmt: skip
+TUNED = "SUREFOOT_BENCHMARK_TUNED"
+"""Environment variable: settings that were found for the workload, as JSON."""
 
 
 def main() -> None:
@@ -39,9 +47,13 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", nargs=2, metavar=("WORKLOAD", "CONTENDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--tune", metavar="WORKLOAD", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(run_one(*arguments.one, threads=arguments.threads[0]))
+        return
+    if arguments.tune:
+        print(json.dumps(run_tune(arguments.tune, threads=arguments.threads[0])))
         return
     results = []
     for threads in arguments.threads:
@@ -56,17 +68,42 @@ def main() -> None:
 
 def compare(workload: str, threads: int, rounds: int, contenders: list[str]) -> dict[str, object]:
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    variables = with_tuned(sys.executable, workload, threads, contenders)
     for turn in range(rounds):
         for name in contenders[turn % len(contenders) :] + contenders[: turn % len(contenders)]:
             command = [sys.executable, __file__, "--one", workload, name, "--threads", str(threads)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env=variables)
             times[name].append(float(done.stdout.split()[-1]))
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(f"{workload}, {threads} thread(s): µs per update, x loop, x bare")
     for name, value in medians.items():
         against = [f"{value / medians[c]:.2f}" if c in medians else "-" for c in ("loop", "bare")]
         print(f"  {name:16} {value:10.0f}  {against[0]:>6} {against[1]:>6}", flush=True)
-    return {"workload": workload, "threads": threads, "us_per_update": medians, "rounds": times}
+    return {
+        "workload": workload, "threads": threads, "us_per_update": medians, "rounds": times,
+        "tuned": variables.get(TUNED),
+    }  # fmt: skip
+
+
+def with_tuned(
+    python: str | Path, workload: str, threads: int, contenders: Sequence[str]
+) -> dict[str, str]:
+    """Environment variables for contenders, with what `surefoot-tuned` is to use, if it is one of them."""
+    variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    if "surefoot-tuned" in contenders:
+        command = [python, str(Path(__file__)), "--tune", workload, "--threads", str(threads)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=variables)
+        variables[TUNED] = done.stdout.splitlines()[-1]
+        print(f"{workload}, {threads} thread(s), tuned: {variables[TUNED]}", flush=True)
+    return variables
+
+
+def run_tune(workload_name: str, *, threads: int) -> dict[str, Any]:
+    import torch
+    from workloads import WORKLOADS
+
+    torch.set_num_threads(threads)
+    return tune(WORKLOADS[workload_name])
 
 
 def run_one(workload_name: str, contender: str, *, threads: int) -> float:
@@ -76,15 +113,8 @@ def run_one(workload_name: str, contender: str, *, threads: int) -> float:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     workload = WORKLOADS[workload_name]
-    steps = {
-        "loop": loop,
-        "bare": bare,
-        "surefoot": surefoot,
-        "surefoot-fused": surefoot_fused,
-        "surefoot-compiled": surefoot_compiled,
-    }
     begun = 0.0
-    for done, _ in enumerate(steps[contender](workload), start=1):
+    for done, _ in enumerate(globals()[contender.replace("-", "_")](workload), start=1):
         if done == workload.warm:
             begun = time.perf_counter()
         if done == workload.warm + workload.timed:
@@ -136,28 +166,14 @@ def bare(w):
             yield
 
 
-def surefoot(w, *, fused=False, compiled="off", total=0):
-    import torch.nn.functional as F
-
-    import surefoot as sf
+def surefoot(w, *, settings=None, total=0, **changes):
     from surefoot.api import run_steps
     from surefoot.build import build
     from surefoot.record.folder import RunFolder
 
-    rate = {"lr": w.lr, "fused": fused}
-    recipe = sf.Recipe(
-        model=w.model,
-        data=sf.Arrays(*w.data()),
-        objective=sf.supervised(F.cross_entropy),
-        optimizer=sf.SGD(**rate, momentum=0.9) if w.optimizer == "sgd" else sf.AdamW(**rate),
-        schedule=sf.cosine(),
-        batch=sf.Batch(w.batch),
-        gradient=(sf.clip_norm(1.0),),
-        until=total or w.warm + w.timed + 1,
-    )
-    operations = sf.Operations(compute={"compile": compiled})
+    recipe = recipe_of(w, until=total or w.warm + w.timed + 1, **changes)
     with tempfile.TemporaryDirectory() as folder:
-        yield from run_steps(build(recipe, RunFolder(f"{folder}/run"), operations))
+        yield from run_steps(build(recipe, RunFolder(f"{folder}/run"), operations(settings or {})))
 
 
 def surefoot_fused(w):
@@ -165,7 +181,47 @@ def surefoot_fused(w):
 
 
 def surefoot_compiled(w):
-    return surefoot(w, compiled="on", total=1_000_000)
+    return surefoot(w, settings={"compute.compile": "on"}, total=1_000_000)
+
+
+def surefoot_tuned(w):
+    return surefoot(w, settings=json.loads(os.environ[TUNED]), total=1_000_000)
+
+
+def surefoot_bf16(w):
+    return surefoot(w, precision="bf16")
+
+
+def recipe_of(w, *, until, fused=False, **changes):
+    import torch.nn.functional as F
+
+    import surefoot as sf
+
+    rate = {"lr": w.lr, "fused": fused}
+    return sf.Recipe(
+        model=w.model,
+        data=sf.Arrays(*w.data()),
+        objective=sf.supervised(F.cross_entropy),
+        optimizer=sf.SGD(**rate, momentum=0.9) if w.optimizer == "sgd" else sf.AdamW(**rate),
+        schedule=sf.cosine(),
+        batch=sf.Batch(w.batch),
+        gradient=(sf.clip_norm(1.0),),
+        until=until,
+        **changes,
+    )
+
+
+def operations(settings):
+    import surefoot as sf
+
+    return sf.Operations(compute={"compile": "off"} | {k.partition(".")[2]: v for k, v in settings.items()})
+
+
+def tune(w):
+    """The fastest settings that surefoot finds here for a long run."""
+    from surefoot.tune.compute import tune_compute
+
+    return tune_compute(recipe_of(w, until=1_000_000), operations({})).best.settings
 
 
 if __name__ == "__main__":

@@ -330,6 +330,8 @@ CONTENDERS: dict[str, Callable[[Any, Clock], None]] = {
     "surefoot": from_loop("surefoot"),
     "surefoot-fused": from_loop("surefoot_fused"),
     "surefoot-compiled": from_loop("surefoot_compiled"),
+    "surefoot-tuned": from_loop("surefoot_tuned"),
+    "surefoot-bf16": from_loop("surefoot_bf16"),
     "lightning": lightning_trainer,
     "fabric": fabric,
     "huggingface": huggingface_trainer,
@@ -412,7 +414,9 @@ def compare(
 ) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in contenders}
     failed: dict[str, str] = {}
-    variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    from loop import TUNED, with_tuned
+
+    variables = {**with_tuned(python, workload, threads, contenders), "HF_HUB_OFFLINE": "1"}
     for turn in range(rounds):
         for name in contenders[turn % len(contenders) :] + contenders[: turn % len(contenders)]:
             if name in failed:
@@ -435,7 +439,7 @@ def compare(
         print(f"  {name:18} not run: {why}", flush=True)
     return {
         "workload": workload, "threads": threads, "us_per_update": medians, "rounds": times,
-        "not_run": failed,
+        "not_run": failed, "tuned": variables.get(TUNED),
     }  # fmt: skip
 
 

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, blobs, flat, surefoot
 from torch import nn
+from torch._inductor.compile_fx import compile_fx
 
 import surefoot as sf
 from surefoot.api import result, run_steps
 from surefoot.build import build
+from surefoot.compiled import Compiled
 from surefoot.operations import Operations
 from surefoot.record.folder import RunFolder
 
@@ -235,6 +237,26 @@ def test_most_steps_are_taken_by_the_graph(tmp_path):
     assert eager == [0, 199, 399]
 
 
+class Masked:
+    def method(self, x):
+        return [F.dropout(x, 0.5)]
+
+
+def test_what_compiling_draws_changes_no_mask(monkeypatch):
+    def draws(graph, examples, **options):
+        torch.rand(7)
+        return compile_fx(graph, examples, **options)
+
+    monkeypatch.setattr("surefoot.compiled.compile_fx", draws)
+    compiled, x, seen = Compiled(Masked().method, cpp_wrapper=False), torch.ones(64), []
+    for _ in range(2):
+        torch.manual_seed(3)
+        seen.append(compiled((x,))[0])
+    torch.manual_seed(3)
+    assert torch.equal(seen[0], F.dropout(x, 0.5))
+    assert torch.equal(seen[1], seen[0])
+
+
 # ---------------------------------------------------------------------------------- the choice
 
 
@@ -430,7 +452,7 @@ def test_batches_that_lie_otherwise_in_memory(case, tmp_path):
     torch.testing.assert_close(flat(other.model), flat(eager.model), rtol=1e-4, atol=1e-5)
 
 
-def annealed(out, operations):
+def annealed(out, operations, *, begin=0, stop=60):
     """A coefficient that the body changes, as the weight of a divergence is."""
     settings = SimpleNamespace(beta=0.0)
 
@@ -439,9 +461,14 @@ def annealed(out, operations):
         return F.cross_entropy(logits, data[1], reduction="none") + settings.beta * logits.square().sum(1)
 
     changed = recipe(objective=objective, until=60)
-    for outcome in sf.steps(changed, out=out, operations=operations):
+    built = build(changed, RunFolder(out), operations)
+    if built.run.graph is not None:
+        built.run.graph.check_every = 1  # as `sf.steps` does
+    settings.beta = begin / 600
+    for outcome in run_steps(built):
         settings.beta = (outcome.step + 1) / 600
-        assert operations is EAGER or outcome.step == 0 or settings.beta
+        if outcome.step + 1 == stop:
+            break
     return sf.open_run(out)
 
 
@@ -450,6 +477,15 @@ def test_what_the_callers_body_changes_counts_at_once(tmp_path):
     np.testing.assert_allclose(compiled.log()["loss"], eager.log()["loss"], rtol=1e-4)
     (told,) = [e for e in compiled.events() if e["kind"] == "uncompiled"]
     assert told["step"] in (1, 2)
+
+
+def test_a_run_that_went_on_eagerly_does_so_when_it_is_continued(tmp_path):
+    whole = annealed(tmp_path / "whole", COMPILED)
+    annealed(tmp_path / "parts", COMPILED, stop=30)
+    parts = annealed(tmp_path / "parts", COMPILED, begin=30)
+    assert [e["kind"] for e in parts.events()].count("uncompiled") == 1
+    assert parts.log()["loss"].tolist() == whole.log()["loss"].tolist()
+    assert parts.summary()["digest"] == whole.summary()["digest"]
 
 
 def test_no_old_gradients_are_left(tmp_path):

@@ -8,6 +8,7 @@ from conftest import blobs, mlp, recipe
 from torch import nn
 
 import surefoot as sf
+from surefoot.guard.detect import GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE
 from surefoot.optim.update import Updater
 
 BAD = [3, 4, 11]
@@ -147,6 +148,24 @@ def test_so_many_refused_updates_in_a_row_end_the_run(tmp_path):
     done = sf.fit(changed, out=tmp_path / "run")
     assert (done.status, done.step, done.exit_code) == ("diverged", 20, 3)
     assert "20 updates in a row" in sf.open_run(tmp_path / "run").summary()["reason"]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [
+        (NOT_FINITE, "not finite whatever the batch"),
+        (GRADIENT_SPIKE, "the gradient stays far above"),
+        (LOSS_SPIKE, "the loss stays far above"),
+    ],
+)
+def test_what_was_refused_so_often_is_said(verdict, words):
+    guard = sf.Guard(max_refused_in_a_row=3).build(torch.device("cpu"))
+    rows = [
+        guard.review(step=s, loss=9.0, verdict=verdict, permitted=False, expected=True) for s in range(3)
+    ]
+    assert rows[:2] == [None, None]
+    assert rows[2].reason.startswith("3 updates in a row were refused, up to step 2: ")
+    assert words in rows[2].reason
 
 
 def test_fp16_finds_its_scale_and_says_what_it_skips(fit):

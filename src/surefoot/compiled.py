@@ -39,7 +39,6 @@ class Compiled:
         self._order: list[int] | None = None
         self._constants: list[Any] = []
         self._traced_again = False
-        self._drawn = torch.empty(0)
         # A code object of its own: torch keeps there what it compiles, and not more than eight times; a
         # process may make more runs than that.
         function, owner = method.__func__, method.__self__  # type: ignore[attr-defined]
@@ -59,7 +58,6 @@ class Compiled:
             ChangedError: it is not.
         """
         if check or self._order is None or flat is None:
-            self._drawn = torch.default_generator.get_state()
             try:
                 with torch.no_grad():
                     result = self._through_torch(*arguments)
@@ -92,7 +90,6 @@ class Compiled:
         def run(*arguments: Any) -> Any:
             if self._taken is None:
                 self._taken = arguments
-                torch.default_generator.set_state(self._drawn)  # compiling draws, too
             return inner(*arguments)
 
         self._inner = inner

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,8 @@ from surefoot.protocols import KeyedSource
 from surefoot.types import HOLE, Minibatch, Slots, Tree, leaves, map_leaves, take_rows
 
 _MOST_STEPS, _CHUNK_BYTES, _LINE_BYTES = 32, 1 << 18, 64
+_BUFFERS = 3
+_OWN_USES = 2  # of a storage: by its tensor, and by the object that is asked
 _MOST_REPLACED = 3
 """Replacements without one batch between them."""
 
@@ -88,17 +92,20 @@ class Feed:
         """Gathers batches of some steps in one call. Where one begins in memory depends on its step alone,
         and not on `start`: kernels may round otherwise for another alignment.
         """
-        most, size = self._gathers, self.plan.batch_size
+        most, size, source = self._gathers, self.plan.batch_size, self.source
+        pool = _Pool()
         for first in range(start // most * most, stop, most):
             steps = range(first, min(first + most, stop))
             slots = [self.plan.at(step) for step in steps]
             if any(s.num_samples < size for s in slots):
                 yield from (self.at(step) for step in steps if step >= start)
                 continue
-            data = self.source.fetch(np.concatenate([s.ids for s in slots]))
-            split = [leaf.split(size) for leaf in leaves(data)]
-            for i in range(max(start - first, 0), len(slots)):
-                yield self._minibatch(slots[i], _with_leaves(data, [parts[i] for parts in split]))
+            self._check_length()
+            ids = np.concatenate([s.ids for s in slots])
+            gathered = pool.gather(source, ids)
+            batches = zip(slots, *(leaf.split(size) for leaf in gathered), strict=True)
+            for one, *parts in islice(batches, max(start - first, 0), None):
+                yield Minibatch(one, self._on_device(source.nest(parts)), None, size)
 
     def _from_workers(self, start: int, stop: int) -> Generator[Minibatch, None, None]:
         """Batches fetched by processes. If one of them dies or hangs, all are replaced, and go on with the
@@ -186,9 +193,10 @@ class Feed:
         weights = None
         if slots.num_samples < rows:
             weights = torch.from_numpy((slots.ids != HOLE).astype(np.float32)).to(self.device)
-        if self.device.type != "cpu":
-            data = map_leaves(self._move, data)
-        return Minibatch(slots, data, weights, rows)
+        return Minibatch(slots, self._on_device(data), weights, rows)
+
+    def _on_device(self, data: Tree) -> Tree:
+        return data if self.device.type == "cpu" else map_leaves(self._move, data)
 
     def _move(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -198,10 +206,27 @@ class Feed:
         return leaf.to(self.device, non_blocking=True)
 
 
-def _with_leaves(tree: Tree, others: list[Tensor]) -> Tree:
-    """The same nest with other leaves, in order."""
-    rest = iter(others)
-    return map_leaves(lambda _: next(rest), tree)
+class _Pool:
+    """Gathers into memory used before, where no tensor refers to it any more: fresh memory takes about as
+    long as what is written into it.
+    """
+
+    def __init__(self) -> None:
+        self._kept: deque[list[Tensor]] = deque(maxlen=_BUFFERS)
+
+    def gather(self, source: Arrays, ids: NDArray[np.int64]) -> list[Tensor]:
+        """Rows of each array; only views of these may be given away."""
+        into = next((kept for kept in self._kept if len(kept[0]) == len(ids) and _unused(kept)), None)
+        gathered = source.gather(ids, into)
+        if into is None:
+            self._kept.append(gathered)
+        return gathered
+
+
+def _unused(tensors: list[Tensor]) -> bool:
+    """Whether no other tensor, view or array, nor a graph of autograd, has the memory of any of these."""
+    storages = [t.untyped_storage() for t in tensors]
+    return all(torch._C._storage_Use_Count(s._cdata) == _OWN_USES for s in storages)
 
 
 def leave_out(batch: Minibatch, out: NDArray[np.bool_]) -> Minibatch:

@@ -10,6 +10,7 @@ to the quality of the hash, which a Feistel network on a tiny domain is not. Bot
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -22,6 +23,8 @@ ALGORITHM = "argsort-feistel12-v1"
 _ROUNDS = 12
 _SMALL = 1 << 16
 _CHUNK = 1 << 16
+_AHEAD = 1 << 12
+"""Samples of an epoch from which on the next chunk is made in another thread."""
 
 
 class Permutation:
@@ -83,13 +86,16 @@ class Permutation:
 class Order:
     """Sample ids by (epoch, position), from a small cache of aligned chunks.
 
-    The cache changes speed only: `take` is a pure function of its arguments.
+    The cache, and a thread that makes the next chunk while one is read, change speed only: `take` is a pure
+    function of its arguments.
     """
 
     def __init__(self, n: int, *, seed: int, shuffle: bool) -> None:
         self.n, self.seed, self.shuffle = n, seed, shuffle
         self._permutations: OrderedDict[int, Permutation] = OrderedDict()
         self._chunks: OrderedDict[tuple[int, int], Ids] = OrderedDict()
+        self._ahead: threading.Thread | None = None
+        self._made: dict[tuple[int, int], Ids] = {}
 
     def take(self, epoch: int, start: int, stop: int) -> Ids:
         """Ids at positions ``start..stop`` of an epoch: int64[stop - start]."""
@@ -104,13 +110,32 @@ class Order:
     def _chunk(self, epoch: int, index: int) -> Ids:
         found = self._chunks.get((epoch, index))
         if found is None:
-            stop = min((index + 1) * _CHUNK, self.n)
-            positions = np.arange(index * _CHUNK, stop, dtype=np.int64)
-            found = self._chunks[epoch, index] = self.permutation(epoch)(positions)
-            found.flags.writeable = False
+            if self._ahead is not None:  # in a forked process it never ends, and counts as ended
+                self._ahead.join()
+            made = self._made.pop((epoch, index), None)
+            found = self._chunks[epoch, index] = self._make(epoch, index) if made is None else made
             if len(self._chunks) > 4:
                 self._chunks.popitem(last=False)
+            if self.n >= _AHEAD:
+                last = (index + 1) * _CHUNK >= self.n
+                self._make_ahead(*((epoch + 1, 0) if last else (epoch, index + 1)))
         return found
+
+    def _make(self, epoch: int, index: int) -> Ids:
+        stop = min((index + 1) * _CHUNK, self.n)
+        made = self.permutation(epoch)(np.arange(index * _CHUNK, stop, dtype=np.int64))
+        made.flags.writeable = False
+        return made
+
+    def _make_ahead(self, epoch: int, index: int) -> None:
+        """Has a chunk made by a thread, which ends with it: so nothing is to be closed."""
+
+        def make() -> None:
+            self._made[epoch, index] = self._make(epoch, index)
+
+        self._made.clear()
+        self._ahead = threading.Thread(target=make)
+        self._ahead.start()
 
     def permutation(self, epoch: int) -> Permutation:
         """The permutation of one epoch."""

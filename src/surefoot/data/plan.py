@@ -38,6 +38,7 @@ class Plan:
     seed: int = 0
     algorithm: str = ALGORITHM
     _order: Order = field(init=False, repr=False, compare=False)
+    _per_epoch: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
@@ -58,6 +59,7 @@ class Plan:
             raise StateError(f"the order {self.algorithm!r} is not known to this version.")
         order = Order(self.num_samples, seed=self.seed, shuffle=self.shuffle)
         object.__setattr__(self, "_order", order)
+        object.__setattr__(self, "_per_epoch", int(self.updates_per_epoch))
 
     @property
     def updates_per_epoch(self) -> Fraction:
@@ -73,7 +75,7 @@ class Plan:
         n, b = self.num_samples, self.batch_size
         if self.tail == "straddle":
             return self._straddling(step)
-        epoch, index = divmod(step, int(self.updates_per_epoch))
+        epoch, index = divmod(step, self._per_epoch)
         ids = self._order.take(epoch, index * b, min((index + 1) * b, n))
         num_samples = len(ids)
         if self.tail == "pad" and num_samples < b:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -59,6 +59,19 @@ class Arrays:
         """Rows ``ids`` (int64[n]) of each array, in the nest the arrays were given in."""
         index = torch.from_numpy(ids) if ids.flags.writeable else torch.from_numpy(ids.copy())
         return map_leaves(lambda t: t.index_select(0, index), self._tree)
+
+    def gather(self, ids: Ids, into: list[Tensor] | None) -> list[Tensor]:
+        """The leaves of what `fetch` returns, in the memory of an earlier result if there is one."""
+        index, arrays = torch.from_numpy(ids), leaves(self._tree)
+        if into is None:
+            return [t.index_select(0, index) for t in arrays]
+        return [torch.index_select(t, 0, index, out=o) for t, o in zip(arrays, into, strict=True)]
+
+    def nest(self, parts: Sequence[Tensor]) -> Tree:
+        """Leaves in the nest the arrays were given in."""
+        if isinstance(self._tree, dict):
+            return dict(zip(self._tree, parts, strict=True))
+        return tuple(parts) if isinstance(self._tree, tuple) else parts[0]
 
     def row_bytes(self) -> list[int]:
         """Of one sample, per array."""

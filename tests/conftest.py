@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from zygote import Command
 
 import surefoot as sf
 
@@ -64,16 +65,15 @@ def fit(tmp_path: Path) -> Callable[..., sf.Result]:
 
 
 def surefoot_process(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
-    """The command line in a process of its own, with one thread."""
+    """The command line in a process of its own, with one thread. fresh: not forked from one that has its
+    imports behind it.
+    """
+    fresh = options.pop("fresh", False)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **options.pop("env", {})}
-    return subprocess.Popen(
-        [sys.executable, "-m", "surefoot", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        **options,
-    )
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    if fresh:
+        return subprocess.Popen([sys.executable, "-m", "surefoot", *map(str, arguments)], **options)
+    return Command(arguments, **options)
 
 
 def surefoot(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,8 @@
 """Imports point down, never sideways between parts, never in a circle; optional packages have homes."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,3 +147,9 @@ def test_folders_are_at_most_two_deep_and_files_are_short():
         if len((SOURCE / path).read_text().splitlines()) > 250:
             long.add(str(path))
     assert long == set(LONGER_FOR_A_REASON)
+
+
+def test_a_start_does_not_load_the_compiler():
+    """It takes two seconds, and hardly any run compiles."""
+    code = "import sys, surefoot.cli.train; sys.exit('torch._inductor.compile_fx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

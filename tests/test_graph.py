@@ -243,11 +243,11 @@ class Masked:
 
 
 def test_what_compiling_draws_changes_no_mask(monkeypatch):
-    def draws(graph, examples, **options):
+    def draws(*of, **options):
         torch.rand(7)
-        return compile_fx(graph, examples, **options)
+        return compile_fx(*of, **options)
 
-    monkeypatch.setattr("surefoot.compiled.compile_fx", draws)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", draws)
     compiled, x, seen = Compiled(Masked().method, cpp_wrapper=False), torch.ones(64), []
     for _ in range(2):
         torch.manual_seed(3)

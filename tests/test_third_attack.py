@@ -148,7 +148,7 @@ def test_a_disk_that_hangs_does_not_hold_up_sigterm(tmp_path):
     (tmp_path / "mine.py").write_text(WORKERS.replace("{trouble}", "pass").replace('"3ep"', '"9999ep"'))
     process = surefoot_process(
         "train", "mine.py", "--out", "run", "--set", "checkpoint.every=1s", "--set", "checkpoint.grace=2s",
-        cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "HANG": str(tmp_path / "hang")},
+        cwd=tmp_path, fresh=True, env={"PYTHONPATH": str(tmp_path), "HANG": str(tmp_path / "hang")},
     )  # fmt: skip
     try:
         wait_for_steps(tmp_path / "run", 10, process)

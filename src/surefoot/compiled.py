@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._inductor.compile_fx import compile_fx
 
 
 class ChangedError(Exception):
@@ -34,11 +33,12 @@ class Compiled:
             "size_asserts": False,
             "cpp_wrapper": cpp_wrapper,
         }
-        self._inner: Callable[..., Sequence[Tensor]] | None = None
-        self._taken: tuple[Any, ...] | None = None
-        self._order: list[int] | None = None
-        self._constants: list[Any] = []
-        self._traced_again = False
+        self._kernels: Callable[[list[Any]], Sequence[Tensor]] | None = None
+        self._taken: list[Any] | None = None
+        self._fixed: list[Any] | None = None
+        self._arguments: list[Any] = []
+        self._moves: list[tuple[int, int]] = []
+        self._traced, self._traced_again = False, False
         # A code object of its own: torch keeps there what it compiles, and not more than eight times; a
         # process may make more runs than that.
         function, owner = method.__func__, method.__self__  # type: ignore[attr-defined]
@@ -46,18 +46,24 @@ class Compiled:
         self._through_torch = torch.compile(own, fullgraph=True, dynamic=False, backend=self._backend)
 
     def __call__(
-        self, arguments: Sequence[Any], flat: list[Any] | None = None, *, check: bool = True
+        self,
+        arguments: Sequence[Any],
+        fixed: list[Any] | None = None,
+        moving: Sequence[Any] = (),
+        *,
+        check: bool = True,
     ) -> Any:
         """The result.
 
-        flat: the tensors among the arguments, in an order that is always the same. With them what was
-        compiled is called right away, and the first tensor of the result given back.
+        fixed, moving: the tensors among the arguments, in an order that is always the same: those that are
+        the same objects in each call that has this list, and the others. With them the kernels are called
+        right away, and the first tensor of the result given back.
         check: look whether what the trace depended on is as it was.
 
         Raises:
             ChangedError: it is not.
         """
-        if check or self._order is None or flat is None:
+        if check or self._taken is None or fixed is None or self._kernels is None:
             try:
                 with torch.no_grad():
                     result = self._through_torch(*arguments)
@@ -65,35 +71,51 @@ class Compiled:
                 if self._traced_again:
                     raise ChangedError from error
                 raise
-            if flat is not None and self._order is None:
-                self._learn(flat)
-            self._taken = ()
+            if fixed is not None and self._fixed is None:
+                self._learn(fixed, moving)
             return result
-        assert self._inner is not None
-        flat = flat + self._constants
-        return self._inner(*[flat[i] for i in self._order])[0]
+        if fixed is not self._fixed:
+            assert self._fixed is not None
+            now = dict(zip(map(id, self._fixed), fixed, strict=True))
+            self._arguments = [now.get(id(a), a) for a in self._arguments]
+            self._fixed = fixed
+        taken = self._arguments.copy()  # the kernels empty it
+        for i, place in self._moves:
+            taken[i] = moving[place]
+        return self._kernels(taken)[0]
 
-    def _learn(self, flat: list[Any]) -> None:
-        """Which of the arguments the compiled function takes where."""
-        taken = self._taken or ()
-        places = {id(a): i for i, a in enumerate(flat)}
-        self._constants = [t for t in taken if id(t) not in places]
-        places |= {id(t): len(flat) + i for i, t in enumerate(self._constants)}
-        self._order = [places[id(t)] for t in taken]
+    def _learn(self, fixed: list[Any], moving: Sequence[Any]) -> None:
+        """Which of the arguments the kernels take where."""
+        assert self._taken is not None
+        places = {id(a): i for i, a in enumerate(moving)}
+        self._moves = [(i, places[id(t)]) for i, t in enumerate(self._taken) if id(t) in places]
+        moved = {i for i, _ in self._moves}
+        self._arguments = [None if i in moved else t for i, t in enumerate(self._taken)]
+        self._taken, self._fixed = [], fixed
 
     def _backend(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        if self._inner is not None:  # this is how torch tells
+        if self._traced:  # this is how torch tells
             self._traced_again = True
             raise ChangedError
-        inner: Any = compile_fx(graph, examples, config_patches=self._options)
+        self._traced = True
+        from torch._functorch import config  # here, since these take two seconds
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-        def run(*arguments: Any) -> Any:
-            if self._taken is None:
-                self._taken = arguments
-            return inner(*arguments)
+        def compile_kernels(*of: Any, **options: Any) -> Any:
+            code: Any = compile_fx_inner(*of, **options)
+            kernels = code.current_callable
 
-        self._inner = inner
-        return run
+            def first(taken: list[Any]) -> Any:
+                if self._taken is None:
+                    self._taken = list(taken)
+                return kernels(taken)
+
+            self._kernels, code.current_callable = kernels, first
+            return code
+
+        with config.patch(enable_autograd_cache=False):  # which would keep `compile_kernels` out
+            made: Any = compile_fx(graph, examples, compile_kernels, config_patches=self._options)
+        return made  # type: ignore[no-any-return]
 
 
 class Unchanged:

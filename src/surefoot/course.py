@@ -298,6 +298,8 @@ def run_validation(course: Course) -> dict[str, float] | None:
     begun = time.perf_counter()
     with phase("validation"):
         metrics = course.evaluation(course.parts.model, stop=course.stop)
+    if course.graph is not None:
+        course.graph.suspects = True
     if metrics is None:
         return None
     state.metrics, state.validated_at = metrics, state.step

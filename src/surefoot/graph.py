@@ -44,7 +44,8 @@ class Graph:
         eager_every: steps that end at a multiple of it are left to `train_step`.
         cpp_wrapper: see `Compiled`.
 
-    check_every: steps that are multiples of it check all that the trace depended on.
+    check_every: steps that are multiples of it check all that the trace depended on. suspects: the next
+    looks whether model, objective and transforms are as they were; set it after code of others has run.
     """
 
     check_every = CHECK_EVERY
@@ -60,6 +61,7 @@ class Graph:
         self._shapes, self._num_rows = _shapes(leaves(batch.data)), batch.num_rows
         self._called = _Called(parts)
         self._unchanged = Unchanged(parts.model, [parts.objective, *parts.transforms])
+        self.suspects, self._is_same = True, True
         self._has_grads = True
         one = parts.micro >= batch.num_rows
         self._whole = Compiled(self._whole_step, cpp_wrapper=cpp_wrapper) if one else None
@@ -68,8 +70,9 @@ class Graph:
             for piece in pieces_of(parts, batch)
         }
         self._last = Compiled(self._finish, cpp_wrapper=cpp_wrapper)
-        self._flat: list[Tensor] = []
-        self._flat_of: Slots | None = None
+        self._fixed: list[Tensor] = []
+        self._fixed_of: Slots | None = None
+        self._draws: bool | None = None
         self._bounds = torch.empty(3, dtype=torch.float64)
         self._rates = torch.empty(len(parts.base_lr), dtype=torch.float64)
         self._write_bounds, self._write_rates = self._bounds.numpy(), self._rates.numpy()
@@ -82,12 +85,12 @@ class Graph:
         Raises:
             ChangedError: it has; nothing was changed by this step.
         """
-        parts, step = self._parts, batch.slots.step
-        if step == 0 or (step + 1) % self._every == 0 or batch.weights is not None:
-            self._has_grads = True
-            return None
-        data = leaves(batch.data)
-        if _shapes(data) != self._shapes or not self._unchanged():
+        parts, step, data = self._parts, batch.slots.step, leaves(batch.data)
+        check |= step % self.check_every == 0
+        if check or self.suspects:
+            self.suspects, self._is_same = False, self._unchanged()
+        unusual = step == 0 or (step + 1) % self._every == 0 or batch.weights is not None
+        if unusual or _shapes(data) != self._shapes or not self._is_same:
             self._has_grads = True
             return None
         loss_bound, norm_bound = parts.guard.lets_pass(step)
@@ -95,7 +98,7 @@ class Graph:
         far = FAR_FROM_OVERFLOW / max(1.0, *map(abs, rates))
         self._write_bounds[:] = loss_bound, min(norm_bound, far), far
         self._write_rates[:] = rates
-        row, num_micro = self._run(batch, data, check or step % self.check_every == 0)
+        row, num_micro = self._run(batch, data, check)
         loss, grad_norm, _, applied = row.tolist()
         if not applied:
             self._has_grads = True
@@ -125,17 +128,19 @@ class Graph:
         scale = None if parts.precision.scale is None else parts.precision.scale.scale
         draws, total = word(parts.draws, batch.slots.step), known_weight(parts, batch)
         if self._whole is not None:
-            torch.default_generator.manual_seed(word(draws, 0))
-            if slots is not self._flat_of:
-                self._flat = [*params, *_flat(slots), self._bounds, self._rates]
-                self._flat_of = slots
+            if self._draws is not False:
+                torch.default_generator.manual_seed(word(draws, 0))
+            if slots is not self._fixed_of:
+                self._fixed, self._fixed_of = [*params, *_flat(slots), self._bounds, self._rates], slots
             whole = (params, slots, buffers, batch.data, total, scale, self._bounds, self._rates)
-            flat = [*self._flat, *buffers, *data, total, scale]
-            return self._whole(whole, flat, check=check), 1
-        loss, grads, num_micro = None, [], 0
+            row = self._whole(whole, self._fixed, [*data, *buffers, total, scale], check=check)
+            if self._draws is None:
+                fresh = torch.Generator().manual_seed(word(draws, 0)).get_state()
+                self._draws = not torch.equal(torch.default_generator.get_state(), fresh)
+            return row, 1
+        loss, grads, pieces = None, [], list(pieces_of(parts, batch))
         after = [b.clone() for b in buffers]  # never the model's own: torch would trace that otherwise
-        for piece in pieces_of(parts, batch):
-            num_micro += 1
+        for piece in pieces:
             torch.default_generator.manual_seed(word(draws, piece.micro))
             of_piece = (params, piece.data, piece.num_rows, after, total, scale)
             share, added, after = self._pieces[piece.num_rows](of_piece)
@@ -145,7 +150,7 @@ class Graph:
                 loss = loss + share
                 torch._foreach_add_(grads, added)
         last = (params, slots, buffers, after, loss, grads, scale, self._bounds, self._rates)
-        return self._last(last), num_micro
+        return self._last(last), len(pieces)
 
     # ------------------------------------------------------------------------- below: what is compiled
 

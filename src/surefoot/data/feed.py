@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from surefoot.data.plan import Plan
-from surefoot.data.sources import Arrays
+from surefoot.data.sources import Arrays, Pool
 from surefoot.data.workers import LOOKS_S, Watch, as_it_is, end, enter, next_of, started
 from surefoot.errors import DataError, WorkerError
 from surefoot.keys import key, words
@@ -24,8 +23,6 @@ from surefoot.protocols import KeyedSource
 from surefoot.types import HOLE, Minibatch, Slots, Tree, leaves, map_leaves, take_rows
 
 _MOST_STEPS, _CHUNK_BYTES, _LINE_BYTES = 32, 1 << 18, 64
-_BUFFERS = 3
-_OWN_USES = 2  # of a storage: by its tensor, and by the object that is asked
 _MOST_REPLACED = 3
 """Replacements without one batch between them."""
 
@@ -93,7 +90,7 @@ class Feed:
         and not on `start`: kernels may round otherwise for another alignment.
         """
         most, size, source = self._gathers, self.plan.batch_size, self.source
-        pool = _Pool()
+        pool = Pool(source)
         for first in range(start // most * most, stop, most):
             steps = range(first, min(first + most, stop))
             slots = [self.plan.at(step) for step in steps]
@@ -102,8 +99,8 @@ class Feed:
                 continue
             self._check_length()
             ids = np.concatenate([s.ids for s in slots])
-            gathered = pool.gather(source, ids)
-            batches = zip(slots, *(leaf.split(size) for leaf in gathered), strict=True)
+            gathered = pool.gather(ids)
+            batches = zip(slots, *(torch.split(leaf, size) for leaf in gathered), strict=True)
             for one, *parts in islice(batches, max(start - first, 0), None):
                 yield Minibatch(one, self._on_device(source.nest(parts)), None, size)
 
@@ -204,29 +201,6 @@ class Feed:
         if self.device.type == "cuda":  # pinned, so that the copy does not wait for the device
             leaf = leaf.pin_memory()
         return leaf.to(self.device, non_blocking=True)
-
-
-class _Pool:
-    """Gathers into memory used before, where no tensor refers to it any more: fresh memory takes about as
-    long as what is written into it.
-    """
-
-    def __init__(self) -> None:
-        self._kept: deque[list[Tensor]] = deque(maxlen=_BUFFERS)
-
-    def gather(self, source: Arrays, ids: NDArray[np.int64]) -> list[Tensor]:
-        """Rows of each array; only views of these may be given away."""
-        into = next((kept for kept in self._kept if len(kept[0]) == len(ids) and _unused(kept)), None)
-        gathered = source.gather(ids, into)
-        if into is None:
-            self._kept.append(gathered)
-        return gathered
-
-
-def _unused(tensors: list[Tensor]) -> bool:
-    """Whether no other tensor, view or array, nor a graph of autograd, has the memory of any of these."""
-    storages = [t.untyped_storage() for t in tensors]
-    return all(torch._C._storage_Use_Count(s._cdata) == _OWN_USES for s in storages)
 
 
 def leave_out(batch: Minibatch, out: NDArray[np.bool_]) -> Minibatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -19,6 +20,8 @@ from surefoot.types import Ids, Tree, leaves, map_leaves
 
 _WHOLE_BYTES = 1 << 24
 _SAMPLED_ROWS = 4096
+_BUFFERS = 3
+_OWN_USES = 2  # of a storage: by its tensor, and by the object that is asked
 
 
 class Arrays:
@@ -97,6 +100,30 @@ class Arrays:
             "digest": digest.hexdigest(),
             "digest_of": "all rows" if whole else f"{_SAMPLED_ROWS} rows",
         }
+
+
+class Pool:
+    """Gathers rows of arrays into memory used before, where no tensor refers to it any more: fresh memory
+    takes about as long as what is written into it.
+    """
+
+    def __init__(self, source: Arrays) -> None:
+        self._source = source
+        self._kept: deque[list[Tensor]] = deque(maxlen=_BUFFERS)
+
+    def gather(self, ids: Ids) -> list[Tensor]:
+        """Rows of each array; only views of these may be given away."""
+        into = next((kept for kept in self._kept if len(kept[0]) == len(ids) and _unused(kept)), None)
+        gathered = self._source.gather(ids, into)
+        if into is None:
+            self._kept.append(gathered)
+        return gathered
+
+
+def _unused(tensors: list[Tensor]) -> bool:
+    """Whether no other tensor, view or array, nor a graph of autograd, has the memory of any of these."""
+    storages = [t.untyped_storage() for t in tensors]
+    return all(torch._C._storage_Use_Count(s._cdata) == _OWN_USES for s in storages)
 
 
 def _tensor(array: Any, name: int | str) -> Tensor:

@@ -119,15 +119,13 @@ def calm_below(seen: Statistics, *, early: bool = False) -> tuple[float, float]:
 def take_up(xp: Any, seen: Statistics, values: Any) -> Statistics:
     """The statistics with more steps: losses and norms, float64[2, n]; of those that are finite."""
     finite = xp.isfinite(values).all(0)
-    share = (1 - _KEEP) * finite.sum() / BLOCK
+    num = finite.sum()
+    share, of_each = (1 - _KEEP) * num / BLOCK, (1 - _KEEP) / BLOCK
     most = _WINSOR * _deviations(xp, seen)[:, None]
-    d = xp.where(finite, _watched(xp, values) - seen.mean[:, None], 0.0 * most)
-    d = xp.where(d > most, most, xp.where(d < -most, -most, d))
-    count = finite.sum() + _TINY
-    mean = seen.mean + share * d.sum(1) / count
-    return Statistics(
-        mean, (1 - share) * seen.var + share * _INFLATION * (d * d).sum(1) / count, seen.first
-    )
+    d = xp.where(finite, _watched(xp, values) - seen.mean[:, None], 0.0)
+    d = xp.minimum(xp.maximum(d, -most), most)
+    mean = seen.mean + of_each * d.sum(1)
+    return Statistics(mean, (1 - share) * seen.var + of_each * _INFLATION * (d * d).sum(1), seen.first)
 
 
 def begin(xp: Any, values: Any) -> Statistics:
@@ -151,15 +149,13 @@ def _watched(xp: Any, values: Any) -> Any:
 
 def _log(xp: Any, norm: Any) -> Any:
     """A tiny number stands for zero, and for what is no number."""
-    return xp.log(xp.where(norm > _TINY, norm, 0.0 * xp.isfinite(norm) + _TINY))
+    return xp.log(xp.where(norm > _TINY, norm, _TINY))
 
 
 def _deviations(xp: Any, seen: Statistics) -> Any:
     """Of the log norm and of the loss, float64[2]. The latter is not below a hundredth of the mean, so that
     a loss that stood still can move again.
     """
-    deviation = seen.var**0.5
-    least = 0.0 * deviation
+    least = 0.01 * abs(seen.mean) + (0.001 * abs(seen.first) + _TINY)
     least[0] = _LEAST_DEVIATION
-    least[1] = 0.01 * abs(seen.mean[1]) + 0.001 * abs(seen.first) + _TINY
-    return xp.where(deviation > least, deviation, least)
+    return xp.maximum(seen.var**0.5, least)

@@ -152,17 +152,19 @@ class Watch:
 
     def permit_on_host(self, loss: float, norm: float, *, step: int, scaled: bool) -> Permit:
         """`permit`, with numbers."""
+        if self.heals and not self.history.interventions:  # first, and short: this is nearly every step
+            decision = self.judge.take(loss, norm)
+            if decision is CALM:
+                return _GO
+            verdict, clip, _ = decision
+            return Permit(_YES if verdict == FINE else _NO, verdict, clip)
         if not self.on:
             bad = scaled and not (math.isfinite(loss) and math.isfinite(norm))
             return Permit(_NO if bad else _YES, FINE, 1.0)
-        if self.history.interventions:
-            self._begin_anew(step)
-        decision = self.judge.take(loss, norm)
-        verdict, clip, _ = decision
+        self._begin_anew(step)
+        verdict, clip, _ = self.judge.take(loss, norm)
         if not self.heals:
             return Permit(_NO if scaled and verdict == NOT_FINITE else _YES, verdict, 1.0)
-        if not self.history.interventions:
-            return _GO if decision is CALM else Permit(_YES if verdict == FINE else _NO, verdict, clip)
         limit = self.history.most_norm(step)
         if limit is not None and norm > limit:
             clip = min(clip, limit / norm)
@@ -194,7 +196,7 @@ class Watch:
             return _refused_for_good(self.num_refused_in_a_row, step, verdict)
         if not self.on:
             return None
-        bears = self.history.bears(step)
+        bears = bool(self.history.interventions) and self.history.bears(step)
         return self.reviewed.look(step=step, loss=loss, verdict=verdict, expected=expected, bears=bears)
 
     def state_dict(self) -> dict[str, Any]:

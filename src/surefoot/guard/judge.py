@@ -41,12 +41,15 @@ class Judge:
 
     def take(self, loss: Any, norm: Any) -> Decision:
         """The decision on a step, which is taken up."""
-        calm = self.on_host and -math.inf < loss <= self._calm_loss and norm <= self._calm_norm
-        decision = CALM if calm else self.decide(loss, norm)
+        if self.on_host and -math.inf < loss <= self._calm_loss and norm <= self._calm_norm:
+            decision = CALM
+        else:
+            decision = self.decide(loss, norm)
         self._was_high = decision.high
-        self._losses.append(loss)
+        losses = self._losses
+        losses.append(loss)
         self._norms.append(norm)
-        if len(self._losses) >= (BURN_IN if self.seen is None else BLOCK):
+        if len(losses) >= (BURN_IN if self.seen is None else BLOCK):
             xp, block = self._waiting()
             self.seen = begin(xp, block) if self.seen is None else take_up(xp, self.seen, block)
             self._losses, self._norms = [], []

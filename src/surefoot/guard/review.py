@@ -67,11 +67,12 @@ class Review:
             bears: neither a high level nor what is not finite is an alarm now.
         """
         self.age += 1
+        if verdict == FINE and not self.skips and not expected:  # nearly every step
+            waiting = self.waiting
+            waiting.append(loss)
+            return self._block(step, bears) if len(waiting) >= BLOCK else None
         if expected or verdict == SAT_OUT:
             return None
-        if verdict == FINE and not self.skips:
-            self.waiting.append(loss)
-            return self._block(step, bears) if len(self.waiting) >= BLOCK else None
         counts = verdict != FINE and not (bears and verdict == NOT_FINITE)
         self.skips = (self.skips << 1 | counts) & _SKIPS
         self.num_not_finite = self.num_not_finite + 1 if verdict == NOT_FINITE else 0

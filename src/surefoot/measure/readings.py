@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 import torch
@@ -27,11 +27,10 @@ class Readings(Generic[T]):
         self._cuda = device.type == "cuda"
         self._queue: deque[tuple[T, Tensor, torch.cuda.Event | None]] = deque()
 
-    def put(self, label: T, numbers: tuple[Tensor | float, ...]) -> Iterator[tuple[T, list[float]]]:
+    def put(self, label: T, numbers: tuple[Tensor | float, ...]) -> Iterable[tuple[T, list[float]]]:
         """Adds a set of 0-d tensors and numbers; gives back those sets whose turn has come."""
         if self.lag == 0:
-            yield label, [float(number) for number in numbers]
-            return
+            return ((label, [float(number) for number in numbers]),)
         device = next(number.device for number in numbers if isinstance(number, Tensor))
         packed = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers])
         arrived = None
@@ -40,11 +39,11 @@ class Readings(Generic[T]):
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
         self._queue.append((label, packed, arrived))
-        yield from self._read(leave=self.lag)
+        return self._read(leave=self.lag)
 
-    def rest(self) -> Iterator[tuple[T, list[float]]]:
+    def rest(self) -> Iterable[tuple[T, list[float]]]:
         """All that is still under way; waits for the device."""
-        yield from self._read(leave=0)
+        return self._read(leave=0)
 
     def _read(self, *, leave: int) -> Iterator[tuple[T, list[float]]]:
         while len(self._queue) > leave:

@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def start(run: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "surefoot", "train", str(ROOT / "examples/digits.py"), "epochs=100000"]
+    command = [sys.executable, "-m", "surefoot", "train", str(ROOT / "examples/digits.py"), "epochs=1000"]
     command += ["--out", str(run), "--set", "checkpoint.every=50", "--progress", "off"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

@@ -15,8 +15,8 @@ U64 = np.uint64
 Words = NDArray[np.uint64]
 
 _GOLDEN = U64(0x9E3779B97F4A7C15)
-_M1 = U64(0xBF58476D1CE4E5B9)
-_M2 = U64(0x94D049BB133111EB)
+M1 = U64(0xBF58476D1CE4E5B9)
+M2 = U64(0x94D049BB133111EB)
 
 
 def key(*parts: int | str) -> int:
@@ -32,9 +32,9 @@ def mix(x: Words) -> Words:
         x: uint64, any shape; not changed.
     """
     x = x ^ (x >> U64(30))
-    x = x * _M1
+    x = x * M1
     x ^= x >> U64(27)
-    x *= _M2
+    x *= M2
     x ^= x >> U64(31)
     return x
 
@@ -61,6 +61,6 @@ _MASK = (1 << 64) - 1
 
 
 def _mix_int(x: int) -> int:
-    x = ((x ^ (x >> 30)) * int(_M1)) & _MASK
-    x = ((x ^ (x >> 27)) * int(_M2)) & _MASK
+    x = ((x ^ (x >> 30)) * int(M1)) & _MASK
+    x = ((x ^ (x >> 27)) * int(M2)) & _MASK
     return x ^ (x >> 31)

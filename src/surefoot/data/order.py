@@ -10,21 +10,19 @@ to the quality of the hash, which a Feistel network on a tiny domain is not. Bot
 from __future__ import annotations
 
 import math
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 
 import numpy as np
 
-from surefoot.keys import U64, Words, key, mix, words
+from surefoot.keys import M1, M2, U64, Words, key, words
 from surefoot.types import Ids
 
 ALGORITHM = "argsort-feistel12-v1"
 _ROUNDS = 12
 _SMALL = 1 << 16
 _CHUNK = 1 << 16
-_AHEAD = 1 << 12
-"""Samples of an epoch from which on the next chunk is made in another thread."""
+_BLOCK = 1 << 14  # of a chunk that is computed at once, to stay in a cache
 
 
 class Permutation:
@@ -40,7 +38,8 @@ class Permutation:
         self._table = None
         self._a = math.isqrt(n - 1) + 1
         self._b = -(-n // self._a)
-        self._keys = words(base, np.arange(_ROUNDS, dtype=np.uint64))
+        keys = words(base, np.arange(_ROUNDS, dtype=np.uint64))
+        self._keys = keys ^ (keys >> U64(30))
 
     def __call__(self, positions: Ids) -> Ids:
         """Sample ids at positions of the epoch: int64[k] -> int64[k]."""
@@ -57,7 +56,10 @@ class Permutation:
         return self._walk(ids, self._backward)
 
     def _walk(self, x: Ids, once: Callable[[Words], Words]) -> Ids:
-        out = once(x.astype(np.uint64))
+        words_ = x.astype(np.uint64)
+        out = np.empty_like(words_)
+        for i in range(0, len(x), _BLOCK):
+            out[i : i + _BLOCK] = once(words_[i : i + _BLOCK])
         outside = np.flatnonzero(out >= U64(self.n))
         while outside.size:
             out[outside] = once(out[outside])
@@ -65,37 +67,56 @@ class Permutation:
         return out.astype(np.int64)
 
     def _forward(self, x: Words) -> Words:
-        left, right = np.divmod(x, U64(self._b))
+        left = x // U64(self._b)
+        right = x - left * U64(self._b)
         for i in range(0, _ROUNDS, 2):
-            left = (left + self._round(i, right, self._a)) % U64(self._a)
-            right = (right + self._round(i + 1, left, self._b)) % U64(self._b)
+            self._add(left, i, right, self._a)
+            self._add(right, i + 1, left, self._b)
         return left * U64(self._b) + right
 
     def _backward(self, x: Words) -> Words:
-        left, right = np.divmod(x, U64(self._b))
+        left = x // U64(self._b)
+        right = x - left * U64(self._b)
         for i in range(_ROUNDS - 2, -1, -2):
-            right = (right + U64(self._b) - self._round(i + 1, left, self._b)) % U64(self._b)
-            left = (left + U64(self._a) - self._round(i, right, self._a)) % U64(self._a)
+            right += U64(self._b)
+            right -= self._hash(i + 1, left, self._b)
+            np.minimum(right, right - U64(self._b), out=right)
+            left += U64(self._a)
+            left -= self._hash(i, right, self._a)
+            np.minimum(left, left - U64(self._a), out=left)
         return left * U64(self._b) + right
 
-    def _round(self, i: int, half: Words, modulus: int) -> Words:
-        """Keyed hash of one half, reduced to ``range(modulus)`` by multiply-high; modulus < 2**32."""
-        return ((mix(half ^ self._keys[i]) >> U64(32)) * U64(modulus)) >> U64(32)
+    def _add(self, half: Words, i: int, other: Words, modulus: int) -> None:
+        half += self._hash(i, other, modulus)
+        np.minimum(half, half - U64(modulus), out=half)  # wraps to a large number if it is below
+
+    def _hash(self, i: int, half: Words, modulus: int) -> Words:
+        """Keyed hash of one half, reduced to ``range(modulus)`` by multiply-high; modulus < 2**32.
+
+        This is ``((mix(half ^ key) >> 32) * modulus) >> 32``, with the first step of `mix` taken with the
+        key: of what it shifts by 30 nothing is left of a half.
+        """
+        x: Words = half ^ self._keys[i]
+        x *= M1
+        x ^= x >> U64(27)
+        x *= M2
+        x ^= x >> U64(31)
+        x >>= U64(32)
+        x *= U64(modulus)
+        x >>= U64(32)
+        return x
 
 
 class Order:
     """Sample ids by (epoch, position), from a small cache of aligned chunks.
 
-    The cache, and a thread that makes the next chunk while one is read, change speed only: `take` is a pure
-    function of its arguments.
+    The cache changes speed only: `take` is a pure function of its arguments.
     """
 
     def __init__(self, n: int, *, seed: int, shuffle: bool) -> None:
         self.n, self.seed, self.shuffle = n, seed, shuffle
         self._permutations: OrderedDict[int, Permutation] = OrderedDict()
         self._chunks: OrderedDict[tuple[int, int], Ids] = OrderedDict()
-        self._ahead: threading.Thread | None = None
-        self._made: dict[tuple[int, int], Ids] = {}
 
     def take(self, epoch: int, start: int, stop: int) -> Ids:
         """Ids at positions ``start..stop`` of an epoch: int64[stop - start]."""
@@ -110,32 +131,13 @@ class Order:
     def _chunk(self, epoch: int, index: int) -> Ids:
         found = self._chunks.get((epoch, index))
         if found is None:
-            if self._ahead is not None:  # in a forked process it never ends, and counts as ended
-                self._ahead.join()
-            made = self._made.pop((epoch, index), None)
-            found = self._chunks[epoch, index] = self._make(epoch, index) if made is None else made
+            stop = min((index + 1) * _CHUNK, self.n)
+            positions = np.arange(index * _CHUNK, stop, dtype=np.int64)
+            found = self._chunks[epoch, index] = self.permutation(epoch)(positions)
+            found.flags.writeable = False
             if len(self._chunks) > 4:
                 self._chunks.popitem(last=False)
-            if self.n >= _AHEAD:
-                last = (index + 1) * _CHUNK >= self.n
-                self._make_ahead(*((epoch + 1, 0) if last else (epoch, index + 1)))
         return found
-
-    def _make(self, epoch: int, index: int) -> Ids:
-        stop = min((index + 1) * _CHUNK, self.n)
-        made = self.permutation(epoch)(np.arange(index * _CHUNK, stop, dtype=np.int64))
-        made.flags.writeable = False
-        return made
-
-    def _make_ahead(self, epoch: int, index: int) -> None:
-        """Has a chunk made by a thread, which ends with it: so nothing is to be closed."""
-
-        def make() -> None:
-            self._made[epoch, index] = self._make(epoch, index)
-
-        self._made.clear()
-        self._ahead = threading.Thread(target=make)
-        self._ahead.start()
 
     def permutation(self, epoch: int) -> Permutation:
         """The permutation of one epoch."""

@@ -38,6 +38,9 @@ bench: setup
 	$(BIN)/python benchmarks/goodput.py --out benchmarks/results/goodput.json
 	$(BIN)/python benchmarks/guard.py --out benchmarks/results/guard.json
 	$(BIN)/python benchmarks/heal.py --out benchmarks/results/heal.json
+	$(BIN)/python benchmarks/reading.py --out benchmarks/results/reading.json
+	$(BIN)/python benchmarks/start.py --out benchmarks/results/start.json
+	$(BIN)/python benchmarks/growth.py --out benchmarks/results/growth.json
 	$(BIN)/python benchmarks/peers.py --out benchmarks/results/peers.json
 
 clean:

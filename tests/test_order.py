@@ -263,3 +263,44 @@ def test_batches_gathered_together_are_those_of_each_step(n, size, tail, start, 
         assert all(torch.equal(a, b) for a, b in zip(batch.data, alone.data, strict=True))
         assert (batch.weights is None) == (alone.weights is None)
         assert all(a.data_ptr() % 64 == 0 for a in batch.data)
+
+
+class Doubled(Arrays):
+    def fetch(self, ids):
+        return super().fetch(ids) * 2
+
+
+def test_a_class_derived_from_arrays_fetches_its_own_way():
+    x = torch.arange(64 * 16, dtype=torch.float32).reshape(64, 16)
+    feed = Feed(Doubled(x), Plan(64, 4, seed=3), 0, torch.device("cpu"))
+    for batch in feed.batches(0, 20):
+        assert torch.equal(batch.data, 2 * x[batch.slots.ids])
+
+
+@given(st.lists(st.sampled_from(["nothing", "batch", "view", "array", "graph"]), min_size=80, max_size=80))
+def test_memory_that_somebody_has_is_not_gathered_into(keeps):
+    """Batches are gathered into memory used before, but never while a view of it is left anywhere."""
+    weight = torch.ones(16, requires_grad=True)
+    x = torch.arange(512 * 16, dtype=torch.float32).reshape(512, 16)
+    feed = Feed(Arrays(x), Plan(512, 8, seed=3), 0, torch.device("cpu"))
+    kept, places = [], set()
+
+    def gradient(total):
+        return torch.autograd.grad(total, weight)[0]
+
+    for keep, batch in zip(keeps, feed.batches(0, len(keeps)), strict=True):
+        right = x[batch.slots.ids]
+        places.add(batch.data.untyped_storage().data_ptr())
+        assert torch.equal(batch.data, right)
+        if keep == "batch":
+            kept.append((batch, lambda b: b.data, right))
+        elif keep == "view":
+            kept.append((batch.data[3:, 2:], lambda v: v, right[3:, 2:]))
+        elif keep == "array":
+            kept.append((batch.data.numpy(), torch.from_numpy, right))
+        elif keep == "graph":  # whose backward pass needs the batch
+            kept.append(((batch.data * weight).sum(), gradient, right.sum(0)))
+    for value, read, right in kept:
+        assert torch.equal(read(value), right)
+    if not kept:
+        assert len(places) <= 4  # and used again it is

@@ -68,9 +68,9 @@ class Feed:
 
     def _most_steps(self) -> int:
         """How many steps' batches are gathered in one call: of arrays, as much as stays in a cache, and
-        only if each begins where a cache line does.
+        only if each begins where a cache line does. A derived class may do something else.
         """
-        if not isinstance(self.source, Arrays):
+        if not isinstance(self.source, Arrays) or type(self.source).fetch is not Arrays.fetch:
             return 1
         sizes = [rows * self.plan.batch_size for rows in self.source.row_bytes()]
         if any(size % _LINE_BYTES for size in sizes):

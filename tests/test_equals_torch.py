@@ -8,6 +8,7 @@ from conftest import blobs, flat, mlp, recipe
 from torch import nn
 
 import surefoot as sf
+from surefoot.optim.precision import Precision
 
 UPDATES = 200
 CASES = {
@@ -202,3 +203,24 @@ def test_a_profiler_sees_the_optimizers_step(tmp_path):
             pass
     marks = [e.name for e in profile.events() if e.name.startswith("Optimizer.step")]
     assert len(marks) == 3
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_attention_in_half_precision_is_computed_in_single_on_a_cpu(name):
+    precision = Precision(name, torch.device("cpu"))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 4).to(precision.dtype).requires_grad_() for _ in range(3))
+    mask = torch.randn(5, 5).to(precision.dtype)
+    with precision.forward(), precision.attention():
+        mine = F.scaled_dot_product_attention(q, k, value=v, attn_mask=mask)
+        causal = F.scaled_dot_product_attention(q, k, v, None, 0.0, True)
+        other = F.linear(q, k[0, 0])  # nothing else is touched
+    full = [t.detach().float() for t in (q, k, v, mask)]
+    right = F.scaled_dot_product_attention(*full[:3], full[3])
+    assert torch.equal(mine, right.to(precision.dtype))
+    right = F.scaled_dot_product_attention(*full[:3], is_causal=True)
+    assert torch.equal(causal, right.to(precision.dtype))
+    assert other.dtype == precision.dtype
+    mine.sum().backward()
+    assert q.grad.dtype == precision.dtype
+    assert q.grad.abs().sum() > 0

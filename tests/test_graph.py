@@ -50,6 +50,18 @@ class Tied(nn.Module):
         return self.out(self.b(torch.tanh(self.frozen(self.a(x)))))
 
 
+class Attending(nn.Module):
+    """Attention between the features, in training with dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(1, 12), nn.Linear(32, 3)
+
+    def forward(self, x):
+        q, k, v = self.inner(x[:, None, :, None]).split(4, dim=-1)
+        return self.outer(F.scaled_dot_product_attention(q, k, v, dropout_p=0.1).flatten(1))
+
+
 class Branching(nn.Module):
     """Its control flow depends on the data."""
 
@@ -100,6 +112,7 @@ CASES = {
     "clip value": {"gradient": (sf.clip_value(0.01), sf.clip_norm(0.05))},
     "no transform": {"gradient": ()},
     "bf16": {"precision": "bf16"},
+    "bf16 attention": {"model": Attending, "precision": "bf16"},
     "fp16": {"precision": "fp16"},
     "batch norm and dropout": {"model": Normed},
     "tied, frozen, unused": {"model": Tied, "optimizer": sf.AdamW(lr=1e-3)},
@@ -126,8 +139,9 @@ def run(changed, out, operations):
 
 
 QUICK = (
-    "optimizer momentum", "optimizer adamw", "clip value", "bf16", "batch norm and dropout",
-    "tied, frozen, unused", "accumulation with dropout", "weights", "a short last batch",
+    "optimizer momentum", "optimizer adamw", "clip value", "bf16", "bf16 attention",
+    "batch norm and dropout", "tied, frozen, unused", "accumulation with dropout", "weights",
+    "a short last batch",
 )  # fmt: skip
 ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.soak) for name in CASES]
 

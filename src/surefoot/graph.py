@@ -114,10 +114,8 @@ class Graph:
             scale.adjust(_YES)
         for group, rate in zip(parts.updater.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        numbers = row.unbind()
-        return Attempt(
-            numbers[0], numbers[1], numbers[2], _YES, permit.verdict, permit.clip, loss_scale, num_micro
-        )
+        at = row.unbind()
+        return Attempt(at[0], at[1], at[2], _YES, permit.verdict, permit.clip, loss_scale, num_micro)
 
     def _run(self, batch: Minibatch, data: list[Tensor], check: bool) -> tuple[Tensor, int]:
         """Loss, norm of the gradient, update ratio, and whether the update was applied: float64[4]; and the
@@ -126,7 +124,8 @@ class Graph:
         parts, params = self._parts, self._params
         slots, buffers = self._update.slots(), parts.buffers.live(self._buffers)
         scale = None if parts.precision.scale is None else parts.precision.scale.scale
-        draws, total = word(parts.draws, batch.slots.step), known_weight(parts, batch)
+        total = known_weight(parts, batch)
+        draws = 0 if self._draws is False else word(parts.draws, batch.slots.step)
         if self._whole is not None:
             if self._draws is not False:
                 torch.default_generator.manual_seed(word(draws, 0))
@@ -183,7 +182,7 @@ class Graph:
         def share(values: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
             after = [b.clone() for b in buffers]
             named = {f"model.{name}": b for name, b in zip(self._buffers, after, strict=True)}
-            with parts.precision.forward():
+            with parts.precision.forward(), parts.precision.attention():
                 losses, weights = functional_call(self._called, {**values, **named}, (data, num_rows))
             weight = total
             if weight is None and weights is None:

@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,8 +56,7 @@ class Parts:
     physical: int
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(NamedTuple):
     """Numbers of one attempted update: 0-d tensors, see `Outcome`. verdict, clip: of the guard; 0-d tensors
     or numbers.
     """
@@ -144,7 +144,7 @@ def losses_of(parts: Parts, batch: Minibatch) -> Tensor:
     for piece in pieces_of(parts, batch):
         if piece.begins_micro:
             seed_generators(word(word(parts.draws, batch.slots.step), piece.micro), parts.device)
-        with parts.precision.forward():
+        with parts.precision.forward(), parts.precision.attention():
             found.append(losses_and_weights(parts, piece.data, piece.num_rows)[0].detach().double())
     parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
     return torch.cat(found)
@@ -163,7 +163,7 @@ def accumulate(parts: Parts, batch: Minibatch) -> tuple[Tensor, int]:
         if piece.begins_micro:
             seed_generators(word(word(parts.draws, batch.slots.step), piece.micro), parts.device)
             before = torch.default_generator.get_state() if parts.physical < parts.micro else None
-        with phase("forward"), parts.precision.forward():
+        with phase("forward"), parts.precision.forward(), parts.precision.attention():
             losses, weights = losses_and_weights(parts, piece.data, piece.num_rows, piece.weights)
         if before is not None:
             _refuse_draws(parts, before)

@@ -13,6 +13,7 @@ the norm itself are common where it is skewed (cf. ZClip, Kumar et al. 2025).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,6 +129,34 @@ def take_up(xp: Any, seen: Statistics, values: Any) -> Statistics:
     return Statistics(mean, (1 - share) * seen.var + of_each * _INFLATION * (d * d).sum(1), seen.first)
 
 
+def take_up_numbers(seen: Statistics, losses: Sequence[float], norms: Sequence[float]) -> Statistics:
+    """`take_up` on a host, in Python's numbers: for some dozen of them numpy's calls take seven times as
+    long, and more than all else that the guard does.
+    """
+    (log_mean, mean), (log_var, var), first = seen.mean.tolist(), seen.var.tolist(), float(seen.first)
+    most_log = _WINSOR * max(math.sqrt(log_var), _LEAST_DEVIATION)
+    most = _WINSOR * max(math.sqrt(var), _least_of_loss(mean, first))
+    num, log_sum, log_squares, total, squares = 0, 0.0, 0.0, 0.0, 0.0
+    for loss, norm in zip(losses, norms, strict=True):
+        if math.isfinite(loss) and math.isfinite(norm):
+            num += 1
+            d = math.log(norm if norm > _TINY else _TINY) - log_mean
+            d = most_log if d > most_log else -most_log if d < -most_log else d
+            log_sum += d
+            log_squares += d * d
+            d = loss - mean
+            d = most if d > most else -most if d < -most else d
+            total += d
+            squares += d * d
+    share, of_each = (1 - _KEEP) * num / BLOCK, (1 - _KEEP) / BLOCK
+    spread = of_each * _INFLATION
+    return Statistics(
+        np.array((log_mean + of_each * log_sum, mean + of_each * total)),
+        np.array(((1 - share) * log_var + spread * log_squares, (1 - share) * var + spread * squares)),
+        first,
+    )
+
+
 def begin(xp: Any, values: Any) -> Statistics:
     """The statistics of the first steps: losses and norms, float64[2, n], of which some may not be finite.
 
@@ -156,6 +185,10 @@ def _deviations(xp: Any, seen: Statistics) -> Any:
     """Of the log norm and of the loss, float64[2]. The latter is not below a hundredth of the mean, so that
     a loss that stood still can move again.
     """
-    least = 0.01 * abs(seen.mean) + (0.001 * abs(seen.first) + _TINY)
+    least = _least_of_loss(seen.mean, seen.first)
     least[0] = _LEAST_DEVIATION
     return xp.maximum(seen.var**0.5, least)
+
+
+def _least_of_loss(mean: Any, first: Scalar) -> Any:
+    return 0.01 * abs(mean) + (0.001 * abs(first) + _TINY)

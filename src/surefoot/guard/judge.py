@@ -19,6 +19,7 @@ from surefoot.guard.detect import (
     calm_below,
     judge,
     take_up,
+    take_up_numbers,
 )
 
 CALM = Decision(0.0, 1.0, False)
@@ -50,8 +51,12 @@ class Judge:
         losses.append(loss)
         self._norms.append(norm)
         if len(losses) >= (BURN_IN if self.seen is None else BLOCK):
-            xp, block = self._waiting()
-            self.seen = begin(xp, block) if self.seen is None else take_up(xp, self.seen, block)
+            if self.seen is None:
+                self.seen = begin(*self._waiting())
+            elif self.on_host:
+                self.seen = take_up_numbers(self.seen, losses, self._norms)
+            else:
+                self.seen = take_up(torch, self.seen, self._waiting()[1])
             self._losses, self._norms = [], []
             self._set_bounds()
         return decision

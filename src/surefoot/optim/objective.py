@@ -77,9 +77,9 @@ class ClassWeighted(Supervised):
         return self._weigh(targets) if self._uneven(targets) else None
 
     def _uneven(self, targets: Tensor) -> bool:
-        if targets.is_floating_point():  # class probabilities: torch takes a plain mean
+        if targets.ndim == 1 and "weight" not in self.options and "ignore_index" not in self.options:
             return False
-        return targets.ndim > 1 or not {"weight", "ignore_index"}.isdisjoint(self.options)
+        return not targets.is_floating_point()  # of class probabilities torch takes a plain mean
 
     def _weigh(self, targets: Tensor) -> Tensor:
         ignored = targets == self.options.get("ignore_index", -100)

@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from surefoot.errors import RecipeError
 
@@ -18,7 +20,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Precision:
     """Autocast for the forward pass; weights, gradients and optimizer state keep the model's dtype.
 
-    ``fp32`` casts nothing: a model in float64 trains in float64.
+    ``fp32`` casts nothing: a model in float64 trains in float64. dtype: of forward passes, if another.
     """
 
     def __init__(self, name: PrecisionName, device: torch.device) -> None:
@@ -29,13 +31,41 @@ class Precision:
         self.name = name
         self.scale = LossScale(device) if name == "fp16" else None
         self._device = device.type
-        self._dtype = _DTYPES.get(name)
+        self.dtype = _DTYPES.get(name)
 
     def forward(self) -> AbstractContextManager[Any]:
         """The context of a forward pass and its losses."""
-        if self._dtype is None:
+        if self.dtype is None:
             return nullcontext()
-        return torch.autocast(self._device, dtype=self._dtype)
+        return torch.autocast(self._device, dtype=self.dtype)
+
+    def attention(self) -> AbstractContextManager[Any]:
+        """A context within that of `forward`: how attention is computed."""
+        if self.dtype is None or self._device != "cpu":
+            return nullcontext()
+        return _AttentionInSingle()
+
+
+class _AttentionInSingle(TorchFunctionMode):
+    """Attention in fp32, and the result in the dtype of the query: the backward pass of torch's attention
+    on CPUs takes three times as long in bf16 as in fp32 (torch 2.13; LABBOOK.md, 2026-11-26).
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query = args[0] if args else kwargs["query"]
+        with torch.autocast("cpu", enabled=False):
+            found = func(*map(_single, args), **{name: _single(a) for name, a in kwargs.items()})
+        return found.to(query.dtype)
+
+
+def _single(argument: Any) -> Any:
+    half = isinstance(argument, Tensor) and argument.dtype in (torch.bfloat16, torch.float16)
+    return argument.float() if half else argument
 
 
 class LossScale:

@@ -622,7 +622,7 @@ def test_identity_is_the_same_in_every_process(tmp_path):
     code = "import enum, pathlib\nclass Kind(enum.Enum):\n    A = 'a'\n    B = 'b'\n" + code
     file = write(tmp_path, code=code)
     for _ in range(3):
-        done = surefoot("train", file, "--out", tmp_path / "run")
+        done = surefoot("train", file, "--out", tmp_path / "run", fresh=True)
         assert done.returncode == 0, done.stderr
     other = surefoot("train", file, "mode=b", "--out", tmp_path / "run")
     assert other.returncode == 2

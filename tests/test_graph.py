@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import ROOT, blobs, flat, surefoot
 from torch import nn
 from torch._inductor.compile_fx import compile_fx
+from torch.utils.checkpoint import checkpoint
 
 import surefoot as sf
 from surefoot.api import result, run_steps
@@ -508,3 +509,114 @@ def test_no_old_gradients_are_left(tmp_path):
         seen.append({p.grad is None for p in outcome.model.parameters()})
     assert seen[0] == {False}
     assert all(grads == {True} for grads in seen[1:])
+
+
+# ---------------------------------------------------------------------------------- changes by metrics
+
+
+class Settings(nn.Module):
+    """Scaled by a number that it keeps where no attribute tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.settings, self.last = mlp(), {"scale": 1.0}, 0.0
+
+    def forward(self, x):
+        return self.inner(x) * self.settings["scale"]
+
+
+def scaling(model, data):
+    model.settings["scale"] = 2.0 + 4 * float(next(model.parameters())[0, 0])
+    return CE(model, data)
+
+
+def noting(model, data):
+    losses = CE(model, data)
+    model.last = losses.mean().item()
+    return losses
+
+
+def moving(model, data):
+    for p in model.parameters():
+        p.data = p.data.clone()
+    return CE(model, data)
+
+
+@pytest.mark.parametrize("metric", [noting, moving])
+def test_what_a_metric_changes_ends_the_compiled_steps_for_good(metric, tmp_path):
+    validation = sf.Validation(sf.Arrays(*blobs(60, classes=3)), metrics={"m": metric}, every=10)
+    changed = recipe(model=Settings, validation=validation)
+    eager, _ = run(changed, tmp_path / "eager", EAGER)
+    whole, _ = run(changed, tmp_path / "whole", COMPILED)
+    for outcome in sf.steps(changed, out=tmp_path / "parts", operations=COMPILED):
+        if outcome.step == 17:
+            break
+    parts, _ = run(changed, tmp_path / "parts", COMPILED)
+    assert (parts.digest, parts.ledger) == (whole.digest, whole.ledger)
+    torch.testing.assert_close(flat(whole.model), flat(eager.model), rtol=1e-4, atol=1e-5)
+    assert "uncompiled" in {e["kind"] for e in sf.open_run(tmp_path / "whole").events()}
+
+
+def test_what_a_metric_changes_out_of_sight_counts_at_once(tmp_path):
+    validation = sf.Validation(sf.Arrays(*blobs(60, classes=3)), metrics={"m": scaling}, every=10)
+    changed = recipe(model=Settings, validation=validation)
+    eager, _ = run(changed, tmp_path / "eager", EAGER)
+    compiled, _ = run(changed, tmp_path / "compiled", COMPILED)
+    torch.testing.assert_close(flat(compiled.model), flat(eager.model), rtol=1e-4, atol=1e-5)
+
+
+class Sometimes:
+    """Tells the weights beforehand for some batches only."""
+
+    def __init__(self, first):
+        self.first = first
+
+    def __call__(self, model, data):
+        return F.cross_entropy(model(data[0]), data[1], reduction="none")
+
+    def weigh(self, data):
+        return torch.full((len(data[1]),), 4.0) if (data[0][0, 0] > 0) == self.first else None
+
+
+class Changing:
+    """One tensor of the batch is another one, now this, now that."""
+
+    def __len__(self):
+        return 200
+
+    def fetch(self, ids):
+        x, y = (torch.from_numpy(a[ids]) for a in blobs(200, classes=3))
+        other = x * 0.5 + 1
+        return {"p": x, "q": x if ids[0] % 2 else other, "r": other, "y": y}
+
+
+def three(model, data):
+    logits = model(data["p"] + 2 * data["q"] - data["r"])
+    return F.cross_entropy(logits, data["y"], reduction="none")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": Sometimes(True)},
+        {"objective": Sometimes(False)},
+        {"data": Changing(), "objective": three},
+    ],
+    ids=["weighs", "weighs not", "aliases"],
+)
+def test_steps_that_are_not_like_the_traced_one_are_eager(changes, tmp_path):
+    changed = recipe(**changes)
+    eager, _ = run(changed, tmp_path / "eager", EAGER)
+    compiled, _ = run(changed, tmp_path / "compiled", COMPILED)
+    torch.testing.assert_close(flat(compiled.model), flat(eager.model), rtol=1e-4, atol=1e-5)
+
+
+class Checkpointed(Attending):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_attention_that_is_computed_again_in_the_backward_pass(precision, tmp_path):
+    done, _ = run(recipe(model=Checkpointed, precision=precision), tmp_path / "run", EAGER)
+    assert done.status == "finished"

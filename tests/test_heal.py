@@ -264,6 +264,22 @@ def test_a_run_that_is_copied_in_the_middle_of_it_heals_alike(tmp_path, undistur
         assert sf.open_run(copy).verify() == []
 
 
+def test_a_checkpoint_of_a_way_that_was_given_up_is_no_finding(tmp_path):
+    """Other updates were applied on the way that was taken instead."""
+    operations = sf.Operations(checkpoint={"every": 4, "keep_per": "24h"})
+    built = build(BY_NUMBER[7].recipe(0, sf.Guard()), RunFolder(tmp_path / "run"), operations)
+    for _ in run_steps(built):
+        pass
+    view = sf.open_run(tmp_path / "run")
+    given_up = [c.step for c in view.checkpoints() if not _then(c).leads_to(view.history(), c.step)]
+    assert given_up == [4]
+    assert view.verify() == []
+
+
+def _then(checkpoint):
+    return History.from_json(checkpoint.facts()["stateful"]["guard"]["history"])
+
+
 def test_states_that_are_only_in_the_store_do_as_well(tmp_path, undisturbed):
     built = build(jump(), RunFolder(tmp_path / "run"), OFTEN)
     built.run.healer._fits = False

@@ -38,10 +38,11 @@ def newest_step(path: Path) -> int:
     return int(steps[-1]) + 1 if len(steps) else 0
 
 
-def train(path: Path, *settings: str, workers: int = 2, every: str = "3"):
+def train(path: Path, *settings: str, workers: int = 2, every: str = "3", fresh: bool = False):
     return surefoot_process(
         "train", EVERYTHING, f"epochs={EPOCHS}", *settings, "--out", path,
         "--set", f"data.workers={workers}", "--set", f"checkpoint.every={every}",
+        fresh=fresh,
     )  # fmt: skip
 
 
@@ -82,6 +83,11 @@ class Forked:
     @property
     def returncode(self) -> int:
         return self._process.exitcode
+
+
+def train_fresh(path: Path, *settings: str):
+    """As by a shell."""
+    return train(path, *settings, fresh=True)
 
 
 def train_forked(path: Path, *settings: str) -> Forked:
@@ -158,7 +164,7 @@ def assert_equal_runs(path: Path, whole: dict) -> None:
 )
 def test_killed_at_random_instants(tmp_path, uninterrupted, seed, settings):
     """The first started as by a shell, the others forked: their kills fall within a run's own code."""
-    start = train if seed == 0 else train_forked
+    start = train_fresh if seed == 0 else train_forked
     kills = kill_until_done(tmp_path / "run", random.Random(seed), *settings, start=start)
     assert kills >= 8
     assert_equal_runs(tmp_path / "run", uninterrupted(*settings))
@@ -173,7 +179,7 @@ def test_killed_a_thousand_times(tmp_path, uninterrupted, half):
     while kills < 500:
         settings = [(), ("optimizer=adamw",), ("tail=pad",), ("precision=bf16",)][runs % 4]
         path, rng = tmp_path / f"run{runs}", random.Random(1000 * half + runs)
-        start = train if runs % 10 == 0 else train_forked
+        start = train_fresh if runs % 10 == 0 else train_forked
         kills += kill_until_done(path, rng, *settings, reach=2, start=start)
         assert_equal_runs(path, uninterrupted(*settings))
         runs += 1

@@ -304,3 +304,15 @@ def test_memory_that_somebody_has_is_not_gathered_into(keeps):
         assert torch.equal(read(value), right)
     if not kept:
         assert len(places) <= 4  # and used again it is
+
+
+def test_memory_that_another_process_has_is_not_gathered_into():
+    x = torch.arange(512 * 16, dtype=torch.float32).reshape(512, 16)
+    feed = Feed(Arrays(x), Plan(512, 8, seed=3), 0, torch.device("cpu"))
+    queue, right = torch.multiprocessing.get_context("fork").SimpleQueue(), []
+    for step, batch in enumerate(feed.batches(0, 300)):
+        if step < 3:
+            queue.put(batch.data)
+            right.append(x[batch.slots.ids])
+        del batch
+    assert all(torch.equal(queue.get(), one) for one in right)

@@ -2,6 +2,8 @@
 
 Each is a fork of it, begun afresh in all that the command line sees: arguments, environment, folder,
 standard streams. It becomes the child of the test's process, so it dies and is waited for as any other.
+All of them have the zygote's hashes of strings, and what libraries read from the environment when they are
+imported: where that matters, `fresh=True`.
 """
 
 from __future__ import annotations
@@ -92,11 +94,13 @@ def become(request: dict[str, Any], streams: array.array[int] | list[int]) -> No
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    numpy.random.seed()  # Python's own generator is seeded anew by the fork
     sys.path[0] = request["folder"]
     sys.argv = ["surefoot", *request["arguments"]]
 
 
 if __name__ == "__main__":
+    import numpy
     import sklearn.datasets
     import sklearn.model_selection  # noqa: F401
 

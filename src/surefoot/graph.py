@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
-from surefoot.compiled import Compiled, Unchanged
+from surefoot.compiled import ChangedError, Compiled, Unchanged
 from surefoot.keys import word
 from surefoot.optim.functional import FunctionalUpdate, Slots
 from surefoot.optim.gradients import global_norm
@@ -45,7 +45,7 @@ class Graph:
         cpp_wrapper: see `Compiled`.
 
     check_every: steps that are multiples of it check all that the trace depended on. suspects: the next
-    looks whether model, objective and transforms are as they were; set it after code of others has run.
+    does; to be set after code of others has run.
     """
 
     check_every = CHECK_EVERY
@@ -61,8 +61,8 @@ class Graph:
         self._shapes, self._num_rows = _shapes(leaves(batch.data)), batch.num_rows
         self._called = _Called(parts)
         self._unchanged = Unchanged(parts.model, [parts.objective, *parts.transforms])
-        self.suspects, self._is_same = True, True
-        self._has_grads = True
+        self._weighs = isinstance(known_weight(parts, batch), Tensor)
+        self.suspects = self._has_grads = True
         one = parts.micro >= batch.num_rows
         self._whole = Compiled(self._whole_step, cpp_wrapper=cpp_wrapper) if one else None
         self._pieces = {
@@ -86,19 +86,21 @@ class Graph:
             ChangedError: it has; nothing was changed by this step.
         """
         parts, step, data = self._parts, batch.slots.step, leaves(batch.data)
-        check |= step % self.check_every == 0
-        if check or self.suspects:
-            self.suspects, self._is_same = False, self._unchanged()
+        check |= self.suspects or step % self.check_every == 0
+        if check and not self._unchanged():
+            raise ChangedError
+        total = known_weight(parts, batch)
         unusual = step == 0 or (step + 1) % self._every == 0 or batch.weights is not None
-        if unusual or _shapes(data) != self._shapes or not self._is_same:
+        if unusual or _shapes(data) != self._shapes or isinstance(total, Tensor) != self._weighs:
             self._has_grads = True
             return None
+        self.suspects = False
         loss_bound, norm_bound = parts.guard.lets_pass(step)
         rates = [lr * multiplier for lr in parts.base_lr]
         far = FAR_FROM_OVERFLOW / max(1.0, *map(abs, rates))
         self._write_bounds[:] = loss_bound, min(norm_bound, far), far
         self._write_rates[:] = rates
-        row, num_micro = self._run(batch, data, check)
+        row, num_micro = self._run(batch, data, total, check)
         loss, grad_norm, _, applied = row.tolist()
         if not applied:
             self._has_grads = True
@@ -117,14 +119,11 @@ class Graph:
         at = row.unbind()
         return Attempt(at[0], at[1], at[2], _YES, permit.verdict, permit.clip, loss_scale, num_micro)
 
-    def _run(self, batch: Minibatch, data: list[Tensor], check: bool) -> tuple[Tensor, int]:
-        """Loss, norm of the gradient, update ratio, and whether the update was applied: float64[4]; and the
-        number of passes.
-        """
+    def _run(self, batch: Minibatch, data: list[Tensor], total: Any, check: bool) -> tuple[Tensor, int]:
+        """Loss, norm of the gradient, update ratio, whether it was applied: float64[4]; and the passes."""
         parts, params = self._parts, self._params
         slots, buffers = self._update.slots(), parts.buffers.live(self._buffers)
         scale = None if parts.precision.scale is None else parts.precision.scale.scale
-        total = known_weight(parts, batch)
         draws = 0 if self._draws is False else word(parts.draws, batch.slots.step)
         if self._whole is not None:
             if self._draws is not False:
@@ -242,7 +241,8 @@ class _Called(nn.Module):
 
 def _shapes(data: list[Any]) -> list[Any]:
     """All that what was compiled takes for granted of a batch; it gets each tensor as one of its own."""
-    return [(leaf.shape, leaf.dtype, leaf.stride()) for leaf in data] + [len(set(map(id, data)))]
+    ids = list(map(id, data))
+    return [(leaf.shape, leaf.dtype, leaf.stride(), ids.index(id(leaf))) for leaf in data]
 
 
 def _flat(slots: Slots) -> list[Tensor]:

@@ -154,7 +154,7 @@ class Healer:
                 except StateError:
                     continue
                 then = History.from_json(found.facts["stateful"]["guard"].get("history", {}))
-                if _on_the_way(then, history, checkpoint.step):
+                if then.leads_to(history, checkpoint.step):
                     return found
         return self.memory[at].copy() if at >= 0 else self.initial()
 
@@ -400,14 +400,6 @@ def _target(alarm: Alarm, rollbacks: Sequence[Intervention]) -> int:
     if again:  # it did not last: one state further back
         target = max(0, min(target, again[-1].begins - EVERY))
     return target
-
-
-def _on_the_way(then: History, now: History, step: int) -> bool:
-    """Whether a state after `step` updates with the history `then` lies on the way to `now`."""
-    kept, later = then.interventions, now.interventions[len(then.interventions) :]
-    kinds = [(i.kind, i.at) for i in kept]
-    same = kinds == [(i.kind, i.at) for i in now.interventions[: len(kept)]]
-    return same and all(i.begins >= step for i in later if i.kind == "rollback")
 
 
 def same_row(a: Row, b: Row, *, exact: bool) -> bool:

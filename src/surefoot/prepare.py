@@ -382,7 +382,7 @@ def _evaluation(recipe: Recipe, operations: Operations, parts: Parts, plan: Plan
         objective=recipe.objective,
         metrics=v.metrics,
         batches=lambda: feed.batches(0, int(in_order.updates_per_epoch)),
-        forward=parts.precision.forward,
+        forward=parts.precision.evaluation,
         seed=lambda: seed_generators(draws, parts.device),
     )
 

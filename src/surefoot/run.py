@@ -183,7 +183,10 @@ class RunView:
             if damage:
                 continue
             facts = checkpoint.facts()
-            kept, told = facts["ledger"], self._ledger_at(checkpoint.step, log, _history(facts))
+            then = _history(facts)
+            if not then.leads_to(self.history(), checkpoint.step):
+                continue  # the run went back to before it, and the log has what came then
+            kept, told = facts["ledger"], self._ledger_at(checkpoint.step, log, then)
             if told != kept:
                 what = f"the ledger is {kept[:12]}..., but plan and log give {told and told[:12]}..."
                 findings.append(Finding(name, what))

@@ -171,7 +171,7 @@ def accumulate(parts: Parts, batch: Minibatch) -> tuple[Tensor, int]:
             total = batch_weight(parts, batch, weights)
         share = share_of(losses, weights, total)
         scale = parts.precision.scale
-        with phase("backward"):
+        with phase("backward"), parts.precision.attention():  # what is checkpointed is computed again
             (share if scale is None else share * scale.scale).backward()  # type: ignore[no-untyped-call]
         detached = share.detach()
         loss_sum = detached if loss_sum is None else loss_sum + detached

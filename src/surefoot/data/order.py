@@ -91,7 +91,7 @@ class Permutation:
         np.minimum(half, half - U64(modulus), out=half)  # wraps to a large number if it is below
 
     def _hash(self, i: int, half: Words, modulus: int) -> Words:
-        """Keyed hash of one half, reduced to ``range(modulus)`` by multiply-high; modulus < 2**32.
+        """Keyed hash of one half, reduced to ``range(modulus)`` by multiply-high; both below 2**30.
 
         This is ``((mix(half ^ key) >> 32) * modulus) >> 32``, with the first step of `mix` taken with the
         key: of what it shifts by 30 nothing is left of a half.

@@ -121,8 +121,12 @@ class Pool:
 
 
 def _unused(tensors: list[Tensor]) -> bool:
-    """Whether no other tensor, view or array, nor a graph of autograd, has the memory of any of these."""
+    """Whether no other tensor, view or array, nor a graph of autograd, nor another process, has the memory
+    of any of these.
+    """
     storages = [t.untyped_storage() for t in tensors]
+    if any(s.is_shared() for s in storages):
+        return False
     return all(torch._C._storage_Use_Count(s._cdata) == _OWN_USES for s in storages)
 
 

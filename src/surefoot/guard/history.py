@@ -115,6 +115,13 @@ class History:
         moved = [i._replace(begins=min(i.begins, step)) if i.kind in again else i for i in kept]
         return History((*moved, Intervention("rollback", step, at)), self.num_decided + 1)
 
+    def leads_to(self, now: History, step: int) -> bool:
+        """Whether a state after `step` updates with this history lies on the way to `now`."""
+        kept, later = self.interventions, now.interventions[len(self.interventions) :]
+        kinds = [(i.kind, i.at) for i in kept]
+        same = kinds == [(i.kind, i.at) for i in now.interventions[: len(kept)]]
+        return same and all(i.begins >= step for i in later if i.kind == "rollback")
+
     def found_since(self, step: int) -> tuple[int, ...]:
         """Samples that were left out by decisions in `step` or later."""
         found = {x for i in self.interventions if i.kind == "quarantine" and i.at >= step for x in i.ids}

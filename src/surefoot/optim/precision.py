@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -40,16 +40,29 @@ class Precision:
         return torch.autocast(self._device, dtype=self.dtype)
 
     def attention(self) -> AbstractContextManager[Any]:
-        """A context within that of `forward`: how attention is computed."""
+        """A second context, within that of `forward`, for backward passes too: they may take forward passes
+        again. (As one context torch could not trace them.)
+        """
         if self.dtype is None or self._device != "cpu":
             return nullcontext()
-        return _AttentionInSingle()
+        return _AttentionInSingle(self.dtype)
+
+    def evaluation(self) -> AbstractContextManager[Any]:
+        """Both, for passes that nothing traces."""
+        both = ExitStack()
+        both.enter_context(self.forward())
+        both.enter_context(self.attention())
+        return both
 
 
 class _AttentionInSingle(TorchFunctionMode):
-    """Attention in fp32, and the result in the dtype of the query: the backward pass of torch's attention
-    on CPUs takes three times as long in bf16 as in fp32 (torch 2.13; LABBOOK.md, 2026-11-26).
+    """`scaled_dot_product_attention` in fp32, its result in the dtype of autocast: on CPUs torch's backward
+    pass of it is slower in half precision than in single. `nn.MultiheadAttention` calls it out of reach.
     """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -57,10 +70,9 @@ class _AttentionInSingle(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not scaled_dot_product_attention:
             return func(*args, **kwargs)
-        query = args[0] if args else kwargs["query"]
         with torch.autocast("cpu", enabled=False):
             found = func(*map(_single, args), **{name: _single(a) for name, a in kwargs.items()})
-        return found.to(query.dtype)
+        return found if found.dtype == torch.float64 else found.to(self._dtype)
 
 
 def _single(argument: Any) -> Any:

@@ -277,3 +277,10 @@ def test_output_that_cannot_be_made(tmp_path):
 def test_examples_are_documented():
     for example in (ROOT / "examples").glob("*.py"):
         assert "surefoot train examples/" in example.read_text()
+
+
+def test_a_recipe_file_that_breaks_is_told_with_its_line(tmp_path):
+    (tmp_path / "mine.py").write_text("settings = {}\nrate = settings['rate']\n")
+    done = surefoot("train", "mine.py", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "mine.py: loading it raised KeyError in line 2: 'rate'" in done.stderr

@@ -150,7 +150,8 @@ def _load(path: Path) -> ModuleType:
 
 
 def _broken(path: Path, doing: str, error: Exception) -> RecipeError:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
+    here = path.resolve()
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == here]
     where = f" in line {frames[-1].lineno}" if frames else ""
     return RecipeError(f"{path}: {doing} raised {type(error).__name__}{where}: {error}")
 

@@ -184,7 +184,8 @@ class Healer:
         def found(cause: str, remedy: str, *remedies: Intervention) -> dict[str, Any]:
             self._go_back(target, went_back.with_(*remedies), replay)
             seconds = round(time.perf_counter() - begun, 3)
-            return facts | {"cause": cause, "remedy": remedy, "tried": tried, "seconds": seconds}
+            others = [name for name in tried if name != remedy]
+            return facts | {"cause": cause, "remedy": remedy, "tried": others, "seconds": seconds}
 
         self._go_back(target, before, replay)
         odd = self._first_difference(alarm, replay)

@@ -104,7 +104,7 @@ def _released(event: Event) -> Incident:
 def _rolled_back(event: Event) -> Incident:
     told, runbook = DETECTORS.get(event["detector"], ("it went wrong", "rolled-back"))
     transient = "does not reproduce" in event["cause"]
-    tried = f" In vain: {'; '.join(event['tried'])}." if event.get("tried") else ""
+    tried = f" Tried besides: {'; '.join(event['tried'])}." if event.get("tried") else ""
     return _incident(
         event,
         f"the run went back from step {event['at']} to step {event['step']}: {told}",

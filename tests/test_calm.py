@@ -120,23 +120,23 @@ def trained(name: str, steps: int, out) -> sf.Result:
     return sf.fit(sf.Recipe(data=data, **(base | settings)), out=out)
 
 
-def refused(done: sf.Result) -> int:
-    """How many updates were; there is no other incident."""
+def assert_calm(done: sf.Result, steps: int) -> None:
     events = sf.open_run(done.run_dir).events(all_events=True)
     told = [e for e in events if e["kind"] not in ("started", "checkpointed", "ended", "validated")]
     kinds = [e["kind"] for e in told if e.get("detector") != "D6"]  # a suspicion: slow, and left alone
     assert done.status == "finished"
     assert not {"rolled_back", "borne", "alarm", "layer", "diverged"} & set(kinds), told
-    return kinds.count("skipped")
+    assert kinds.count("skipped") <= steps * 1e-5, told
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_calm_training_is_left_alone(tmp_path, name):
-    assert refused(trained(name, 650, tmp_path / "run")) == 0
+    assert_calm(trained(name, 650, tmp_path / "run"), 650)
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(7200)
-def test_a_million_calm_steps_are_left_alone(tmp_path):
-    """A hundred thousand of each workload; at most one update in a hundred thousand is refused."""
-    assert sum(refused(trained(name, 100_000, tmp_path / name)) for name in WORKLOADS) <= 10
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_million_calm_steps_are_left_alone(tmp_path, name):
+    """A hundred thousand each."""
+    assert_calm(trained(name, 100_000, tmp_path / "run"), 100_000)

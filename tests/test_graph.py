@@ -320,8 +320,9 @@ def test_a_compiled_run_that_cannot_be_compiled_is_not_continued_otherwise(tmp_p
         if outcome.step == 10:
             break
     monkeypatch.setattr("surefoot.choice.refusal", lambda parts: "there is no compiler")
-    with pytest.raises(sf.OperationsError, match="cannot be here: there is no compiler"):
+    with pytest.raises(sf.OperationsError, match="cannot be here: there is no compiler") as refused:
         sf.fit(recipe(), out=tmp_path / "run", operations=AUTO)
+    assert "Compiled and not, they agree to rounding only." in str(refused.value)
     done = sf.fit(recipe(), out=tmp_path / "run", operations=EAGER)
     assert done.status == "finished"
     resumed = [e for e in sf.open_run(tmp_path / "run").events() if e["kind"] == "resumed"][-1]

@@ -182,8 +182,16 @@ def test_the_guard_heals(number, seed, tmp_path, clean):
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(3, 13))
+@pytest.mark.parametrize("number", sorted(BY_NUMBER))
+def test_the_guard_heals_ten_seeds(number, seed, tmp_path, clean):
+    assert_healed(number, seed, tmp_path / "run", clean)
+
+
+@pytest.mark.soak
 @pytest.mark.timeout(7200)
-def test_the_guard_heals_ten_seeds(tmp_path):
+def test_the_guard_heals_eleven_rows_with_every_seed(tmp_path):
     command = [sys.executable, ROOT / "benchmarks/heal.py", "--out", tmp_path / "heal.json"]
     subprocess.run(command, check=True, capture_output=True)
     rows = {row["row"]: row for row in json.loads((tmp_path / "heal.json").read_text())["rows"]}

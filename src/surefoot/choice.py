@@ -98,7 +98,7 @@ def choose(q: Question) -> Choice:
     if q.kept == "step" and q.asked == "auto":
         raise OperationsError(
             f"the steps of this run were compiled, and cannot be here: {why_not}",
-            why="Extent and not, they agree to rounding only.",
+            why="Compiled and not, they agree to rounding only.",
             fix="Continue it as it was; or go on without, equal to rounding: --compile off, or --set "
             "compute.compile=off.",
         )

@@ -175,7 +175,7 @@ class RunView:
         if begun.get("run", self.identity["id"]) != self.identity["id"]:
             findings.append(Finding("events.jsonl", f"belongs to another run, {begun['run']}", 0))
         findings += self._missing(events)
-        log = lineage(self._rows())
+        log, history = lineage(self._rows()), self.history()
         for checkpoint in self.checkpoints():
             name = f"checkpoints/{checkpoint.path.name}"
             damage = checkpoint.damage(self.identity["id"])
@@ -184,7 +184,7 @@ class RunView:
                 continue
             facts = checkpoint.facts()
             then = _history(facts)
-            if not then.leads_to(self.history(), checkpoint.step):
+            if not then.leads_to(history, checkpoint.step):
                 continue  # the run went back to before it, and the log has what came then
             kept, told = facts["ledger"], self._ledger_at(checkpoint.step, log, then)
             if told != kept:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from turns import in_process, in_turns, ratio
+from turns import by_update, in_process, in_turns, ratio
 from workloads import WORKLOADS
 
 import surefoot as sf
@@ -101,7 +101,7 @@ def updates(workload: str, mode: str, compiled: str, out: str) -> Iterator[Any]:
     )
     operations = sf.Operations(compute={"compile": compiled, "threads": 1})
     if mode != "silent":
-        return run_steps(build(recipe, RunFolder(out), operations))
+        return by_update(run_steps(build(recipe, RunFolder(out), operations)))
     made = prepare(recipe, operations)
     feed = made.feed(lambda kind, **facts: None)
     course = made.course(feed, None, Silence(), deque(maxlen=1))  # type: ignore[arg-type]

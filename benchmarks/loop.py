@@ -167,13 +167,16 @@ def bare(w):
 
 
 def surefoot(w, *, settings=None, total=0, **changes):
+    from turns import by_update
+
     from surefoot.api import run_steps
     from surefoot.build import build
     from surefoot.record.folder import RunFolder
 
     recipe = recipe_of(w, until=total or w.warm + w.timed + 1, **changes)
     with tempfile.TemporaryDirectory() as folder:
-        yield from run_steps(build(recipe, RunFolder(f"{folder}/run"), operations(settings or {})))
+        built = build(recipe, RunFolder(f"{folder}/run"), operations(settings or {}))
+        yield from by_update(run_steps(built))
 
 
 def surefoot_fused(w):

@@ -27,6 +27,15 @@ def in_turns(contenders: Mapping[str, Iterator[Any]], *, steps: int, turns: int)
     return times
 
 
+def by_update(outcomes: Iterator[Any]) -> Iterator[None]:
+    """An item per update of a run, of which some are taken between two outcomes."""
+    done = 0
+    for outcome in outcomes:
+        for _ in range(done, outcome.step + 1):
+            yield
+        done = outcome.step + 1
+
+
 def ratio(times: Mapping[str, Sequence[float]], one: str, other: str) -> float:
     """Median of the ratios of neighbouring turns."""
     return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))

@@ -13,6 +13,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch.utils.checkpoint import checkpoint
 
 import surefoot as sf
+from surefoot import course, train
 from surefoot.api import result, run_steps
 from surefoot.build import build
 from surefoot.compiled import Compiled
@@ -234,22 +235,84 @@ def test_the_guard_decides_alike_and_a_healed_run_is_alike_to_the_bit(tmp_path):
     assert whole.ledger == eager.ledger
 
 
-def test_most_steps_are_taken_by_the_graph(tmp_path):
-    built = build(recipe(until=400), RunFolder(tmp_path / "run"), COMPILED)
-    taken = []
-    graph = built.run.graph
+def test_nearly_all_steps_are_compiled_and_most_of_them_settled_together(tmp_path, monkeypatch):
+    built = build(recipe(until=1000), RunFolder(tmp_path / "run"), Operations(compute={"compile": "on"}))
+    eager, together = [], []
+    step_by_step, settle = course.train_step, train.settle_calm
+    monkeypatch.setattr(
+        course, "train_step", lambda *of: eager.append(of[1].slots.step) or step_by_step(*of)
+    )
+    monkeypatch.setattr(
+        train, "settle_calm", lambda run, taken: together.append(len(taken)) or settle(run, taken)
+    )
+    ordinary = [outcome.step for outcome in run_steps(built)]
+    assert eager == [0]
+    assert len(ordinary) + sum(together) == 1000
+    assert {199, 399, 599, 799, 999} <= set(ordinary)
+    assert sum(together) > 800  # all but those of the guard's burn-in, if nothing stops the machine
 
-    def counted(batch, multiplier):
-        attempt = graph(batch, multiplier)
-        taken.append((batch.slots.step, attempt is not None))
-        return attempt
 
-    built.run.graph = counted
-    for _ in run_steps(built):
-        pass
-    eager = [step for step, compiled in taken if not compiled]
-    assert len(taken) == 400
-    assert eager == [0, 199, 399]
+def calmly(changed, out, monkeypatch, *, calm, **operations):
+    """A compiled run, with or without calm steps; what it tells besides times."""
+    with monkeypatch.context() as patch:
+        if not calm:
+            patch.setattr(train.Run, "calm", lambda self, until: (0, None))
+        done, built = run(changed, out, Operations(compute={"compile": "on"}, progress="off", **operations))
+    view, log = sf.open_run(out), sf.open_run(out).log()
+    timed = ("data_wait_s", "step_s", "wall_s", "cost", "time_s")
+    columns = {name: column.tolist() for name, column in log.items() if name not in timed}
+    events = [
+        {
+            k: v
+            for k, v in e.items()
+            if k not in ("n", "run", "time", "seconds", "stall_s", "name", "post_mortem")
+        }
+        for e in view.events()
+        if e["kind"] not in ("checkpointed", "certified")
+    ]
+    assert view.verify() == []
+    return (
+        (done.status, done.digest, done.ledger, done.metrics),
+        columns,
+        events,
+        built.state.guard.state_dict(),
+    )
+
+
+EVENTFUL = {
+    "dropout": {"model": Normed, "until": 700},
+    "ragged": {"data": sf.Arrays(*blobs(195, classes=3)), "until": 700},
+    "validated": {
+        "until": 700,
+        "validation": sf.Validation(sf.Arrays(*blobs(50, classes=3)), every=37),
+    },
+    "stopped early": {
+        "until": 700,
+        "validation": sf.Validation(sf.Arrays(*blobs(50, classes=3)), every=37),
+        "early_stopping": sf.EarlyStopping("loss", patience=2),
+    },
+    "guard off": {"guard": sf.Guard("off"), "until": 700},
+    "watched": {"guard": sf.Guard("watch"), "optimizer": sf.SGD(lr=1e-9), "until": 500},
+    "slow": {"optimizer": sf.SGD(lr=1e-9), "until": 500},
+    "healed": None,
+}
+
+
+@pytest.mark.parametrize("name", EVENTFUL)
+def test_calm_steps_are_those_that_would_be_taken_one_by_one(name, tmp_path, monkeypatch):
+    changed = diverging() if name == "healed" else recipe(**EVENTFUL[name])
+    found = [
+        calmly(changed, tmp_path / str(calm), monkeypatch, calm=calm, checkpoint={"every": 61})
+        for calm in (True, False)
+    ]
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_equal(a, b)  # NaN is NaN
+
+
+def test_a_budget_is_met_exactly_by_calm_steps(tmp_path):
+    limited = Operations(compute={"compile": "on"}, progress="off", budget={"updates": 333})
+    done, _ = run(recipe(until=700), tmp_path / "run", limited)
+    assert (done.status, done.step) == ("budget", 333)
 
 
 class Masked:

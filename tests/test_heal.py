@@ -109,6 +109,43 @@ def test_what_is_certain_to_pass_passes(rows, loss, norm):
             assert decision == (0.0, 1.0, False)
 
 
+@given(
+    st.lists(
+        st.tuples(st.floats(0.5, 1.5), st.floats(0.5, 1.5), st.booleans()), min_size=150, max_size=400
+    ),
+    st.randoms(),
+)
+def test_calm_steps_taken_up_together_are_as_if_one_by_one(rows, random):
+    """Some are spikes; of the others some are taken up together, as many as are allowed for."""
+    one_by_one, together = (sf.Guard().build(torch.device("cpu")) for _ in range(2))
+
+    def step_by_step(guard, step):
+        loss, norm, spikes = rows[step]
+        norm *= 1e6 if spikes and step % 7 == 0 else 1.0
+        permit = guard.permit_on_host(loss, norm, step=step, scaled=False)
+        facts = {"loss": loss, "verdict": int(permit.verdict), "permitted": bool(permit.permitted)}
+        return guard.review(step=step, expected=False, **facts)
+
+    step = 0
+    while step < len(rows):
+        most, bounds = together.calm_for(step), together.lets_pass(step)
+        calm = []
+        for loss, norm, spikes in rows[step : step + random.randint(0, most)]:
+            if (spikes and (step + len(calm)) % 7 == 0) or loss > bounds[0] or norm > bounds[1]:
+                break
+            calm.append((loss, norm))
+        if calm:
+            alarms = [step_by_step(one_by_one, step + i) for i in range(len(calm))]
+            step += len(calm)
+            assert alarms[:-1] == [None] * (len(calm) - 1)
+            assert together.take_calm(step - 1, *map(list, zip(*calm, strict=True))) == alarms[-1]
+        elif step < len(rows):
+            assert step_by_step(together, step) == step_by_step(one_by_one, step)
+            step += 1
+        assert together.state_dict() == one_by_one.state_dict()
+        assert together.lets_pass(step) == one_by_one.lets_pass(step)
+
+
 ids = st.lists(st.integers(0, 20), min_size=1, max_size=4).map(tuple)
 interventions = st.one_of(
     st.builds(

@@ -52,7 +52,7 @@ class Choice(NamedTuple):
 
 class Question(NamedTuple):
     """What a choice depends on. asked: ``compute.compile``. kept: the choice of the run that is continued,
-    if one is. batch: fetches that of a step. total: its updates. eager_every: see `Graph`.
+    if one is. batch: fetches that of a step. total: its updates.
     """
 
     asked: str
@@ -61,7 +61,6 @@ class Question(NamedTuple):
     state: RunState
     batch: Callable[[int], Minibatch]
     total: int
-    eager_every: int
 
 
 def kept_choice(environment: Mapping[str, Any]) -> Extent:
@@ -175,7 +174,7 @@ def _tried(q: Question) -> tuple[Graph | None, str]:
             expected = probe(parts, batch)
             if all(map(math.isfinite, expected)):
                 break
-        graph = Graph(parts, batch, eager_every=q.eager_every, cpp_wrapper=q.total >= CPP_WRAPPER_UPDATES)
+        graph = Graph(parts, batch, cpp_wrapper=q.total >= CPP_WRAPPER_UPDATES)
         try:
             attempts = [graph(batch, 0.0), graph(batch, 0.0), graph(batch, 0.0, check=True)]
         except Exception as error:

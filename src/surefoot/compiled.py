@@ -57,7 +57,7 @@ class Compiled:
 
         fixed, moving: the tensors among the arguments, in an order that is always the same: those that are
         the same objects in each call that has this list, and the others. With them the kernels are called
-        right away, and the first tensor of the result given back.
+        right away, and the tensors of the result given back as a sequence.
         check: look whether what the trace depended on is as it was.
 
         Raises:
@@ -79,10 +79,20 @@ class Compiled:
             now = dict(zip(map(id, self._fixed), fixed, strict=True))
             self._arguments = [now.get(id(a), a) for a in self._arguments]
             self._fixed = fixed
+        return self.again(moving)
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether `again` may be called."""
+        return self._fixed is not None
+
+    def again(self, moving: Sequence[Any]) -> Sequence[Tensor]:
+        """The last call's result for other `moving` tensors; nothing is checked."""
+        assert self._kernels is not None
         taken = self._arguments.copy()  # the kernels empty it
         for i, place in self._moves:
             taken[i] = moving[place]
-        return self._kernels(taken)[0]
+        return self._kernels(taken)
 
     def _learn(self, fixed: list[Any], moving: Sequence[Any]) -> None:
         """Which of the arguments the kernels take where."""

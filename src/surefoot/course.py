@@ -113,13 +113,8 @@ class Course:
 
 def update(course: Course, batch: Minibatch) -> tuple[Minibatch, float, Attempt]:
     """One update: the batch without what is in quarantine, the schedule's multiplier, what came of it."""
-    state, history = course.state, course.parts.guard.history
-    multiplier = course.schedule(state.step, cuts=state.lr_cuts)
-    if history.interventions:
-        multiplier = history.multiplier(state.step, multiplier)
-        holes = history.holes(state.step, batch.slots.ids)
-        batch = batch if holes is None else leave_out(batch, holes)
-    attempt = None
+    state, attempt = course.state, None
+    batch, multiplier = to_be_taken(course, batch)
     if course.graph is not None and state.eager_from is None:
         try:
             with phase("compiled step"):
@@ -132,6 +127,16 @@ def update(course: Course, batch: Minibatch) -> tuple[Minibatch, float, Attempt]
     state.step += 1
     state.samples += batch.slots.num_samples
     return batch, multiplier, attempt
+
+
+def to_be_taken(course: Course, batch: Minibatch) -> tuple[Minibatch, float]:
+    """The batch of the next step without what is in quarantine, and the schedule's multiplier there."""
+    step, history = course.state.step, course.parts.guard.history
+    multiplier = course.schedule(step, cuts=course.state.lr_cuts)
+    if not history.interventions:
+        return batch, multiplier
+    holes = history.holes(step, batch.slots.ids)
+    return batch if holes is None else leave_out(batch, holes), history.multiplier(step, multiplier)
 
 
 def replay(
@@ -176,16 +181,9 @@ def settle(course: Course, label: Label | None, attempt: Attempt | None) -> Alar
         arrived = course.readings.put(label, numbers + scale)
     for row, (loss, grad_norm, ratio, permitted, verdict, clip, *loss_scale) in arrived:
         slots, scale_used = row.slots, loss_scale[0] if loss_scale else 1.0
-        course.told.row((
-            slots.step, course.told.attempt, slots.epoch, row.samples, slots.num_samples,
-            row.num_micro, int(permitted), int(verdict), row.lr, loss, grad_norm, clip, ratio, scale_used,
-            row.data_wait_s, row.step_s, row.wall_s, row.wall_s * course.price_per_s, time.time(),
-        ))  # fmt: skip
-        taken = Row(slots.step, loss, grad_norm, bool(permitted))
-        course.rows.append(taken)
-        if permitted:
-            state.ledger.extend(slots.step, slots.ids)
-        elif verdict != SAT_OUT:
+        told = int(permitted), int(verdict), row.lr, loss, grad_norm, clip, ratio, scale_used
+        taken = _note(course, row, told, time.time())
+        if not permitted and verdict != SAT_OUT:
             state.num_refused += 1
         overflow = bool(loss_scale) and math.isfinite(loss) and scale_used > LossScale.LEAST
         expected, now = overflow and verdict == NOT_FINITE, None
@@ -195,14 +193,46 @@ def settle(course: Course, label: Label | None, attempt: Attempt | None) -> Alar
             step=slots.step, loss=loss, verdict=int(verdict), permitted=bool(permitted),
             expected=expected or now == "explained",
         )  # fmt: skip
-        if isinstance(judged, Alarm) and judged.detector == "D6" and course.healer.warms_up(judged.step):
-            judged = None
-        judged = judged or _canary(course, taken, row.num_micro)
-        if isinstance(judged, Alarm) and not guard.heals:
-            _warn(course, judged)
-            judged = None
+        judged = _heeded(course, judged) or _heeded(course, _canary(course, taken, row.num_micro))
         found = found or (now if isinstance(now, Stop) else None) or judged
     return found
+
+
+def settle_calm(course: Course, taken: Sequence[tuple[Label, list[float], float]]) -> Alarm | Stop | None:
+    """Writes the rows of steps that a graph took as calm: labels, numbers, and when they ended. The alarm
+    that the last of them raises, if it does.
+    """
+    for label, (loss, grad_norm, ratio, _), ended in taken:
+        _note(course, label, (1, FINE, label.lr, loss, grad_norm, 1.0, ratio, 1.0), ended)
+    losses, norms = ([numbers[i] for _, numbers, _ in taken] for i in range(2))
+    return _heeded(course, course.parts.guard.take_calm(taken[-1][0].slots.step, losses, norms))
+
+
+def _heeded(course: Course, verdict: Alarm | Stop | None) -> Alarm | Stop | None:
+    """A verdict that something is to be done about; what is only watched is told of."""
+    if not isinstance(verdict, Alarm):
+        return verdict
+    if verdict.detector == "D6" and course.healer.warms_up(verdict.step):
+        return None
+    if course.parts.guard.heals:
+        return verdict
+    _warn(course, verdict)
+    return None
+
+
+def _note(course: Course, label: Label, told: tuple[int | float, ...], now: float) -> Row:
+    """Writes a row, of which `told` are the columns from ``permitted`` to ``loss_scale``."""
+    slots = label.slots
+    course.told.row((
+        slots.step, course.told.attempt, slots.epoch, label.samples, slots.num_samples, label.num_micro,
+        *told,
+        label.data_wait_s, label.step_s, label.wall_s, label.wall_s * course.price_per_s, now,
+    ))  # fmt: skip
+    row = Row(slots.step, told[3], told[4], bool(told[0]))
+    course.rows.append(row)
+    if row.permitted:
+        course.state.ledger.extend(slots.step, slots.ids)
+    return row
 
 
 def _refused(
@@ -244,17 +274,12 @@ def _canary(course: Course, taken: Row, num_micro: int) -> Alarm | None:
     return Alarm("D7", taken.step, taken.step, reason)
 
 
-def look_at_layers(course: Course) -> None:
+def look_at_layers(course: Course, attempt: Attempt) -> None:
     """Tells of layers whose gradient, in the update just taken, vanishes or explodes."""
-    parts = course.parts
-    named = [(n, p) for n, p in parts.model.named_parameters() if p.ndim > 1 and p.grad is not None]
-    if not named:
-        return
-    norms = torch.stack(
-        [n.double() for n in torch._foreach_norm([p.grad for _, p in named if p.grad is not None])]
-    )
-    rms = [norm / math.sqrt(p.numel()) for norm, (_, p) in zip(norms.tolist(), named, strict=True)]
-    for sick in parts.guard.layers.look([name for name, _ in named], rms):
+    names = {id(p): name for name, p in course.parts.model.named_parameters()}
+    norms = zip(attempt.trained, attempt.norms.tolist(), strict=True)
+    rms = {names[id(p)]: norm / math.sqrt(p.numel()) for p, norm in norms if p.ndim > 1}
+    for sick in course.parts.guard.layers.look(list(rms), list(rms.values())):
         course.told.event("layer", step=course.state.step, **sick._asdict())
 
 

@@ -66,7 +66,7 @@ class Keeper:
 
     every: updates, seconds, or by cost. deadline_s: how long a run that was asked to stop may take to
     write its state. newest: the newest good checkpoint that this attempt knows of. poisoned: a state held
-    numbers that are not finite, and the run cannot go on.
+    numbers that are not finite, and the run cannot go on. due_step: the next, if steps decide, else 0.
     """
 
     state: RunState
@@ -79,10 +79,10 @@ class Keeper:
     ballast: Path
     newest: Checkpoint | None = None
     poisoned: bool = False
+    due_step: int = 0
     _reserved: bool = False
     _last: float = field(default_factory=time.monotonic)
     _cost_s: float | None = None
-    _due_step: int = 0
     _failures: int = 0
     _retry_at: float = 0.0
     _candidate: _Candidate | None = None
@@ -91,7 +91,7 @@ class Keeper:
 
     def __post_init__(self) -> None:
         if isinstance(self.every, Cadence):
-            self._due_step = self.every.after(self.state.step)
+            self.due_step = self.every.after(self.state.step)
         if self.newest is not None:
             self._is_kept = (self.newest.step, self.state.validated_at)
 
@@ -103,9 +103,9 @@ class Keeper:
         if self._failures:
             return time.monotonic() >= self._retry_at
         if isinstance(self.every, Cadence):
-            if step < self._due_step:
+            if step < self.due_step:
                 return False
-            self._due_step = self.every.after(step)
+            self.due_step = self.every.after(step)
             return True
         if self.writer.reserving:  # a moment later it is much cheaper
             return False
@@ -158,7 +158,7 @@ class Keeper:
         """
         self._candidate, self.store.protected = None, None
         if isinstance(self.every, Cadence):
-            self._due_step = self.every.after(self.state.step)
+            self.due_step = self.every.after(self.state.step)
         self.keep()
         self.settle()
 

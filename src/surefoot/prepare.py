@@ -28,7 +28,7 @@ from surefoot.errors import (
     SurefootError,
     nearest,
 )
-from surefoot.heal import EVERY, Healer, Row
+from surefoot.heal import Healer, Row
 from surefoot.identity import describe, describe_model
 from surefoot.keep import Auto
 from surefoot.keys import key
@@ -188,7 +188,7 @@ def prepare(
     feed = Feed(recipe.data, plan, recipe.seed, device)
     question = Question(
         asked=operations.compute.compile, kept=kept, parts=parts, state=state, total=total,
-        batch=feed.at, eager_every=EVERY,
+        batch=feed.at,
     )  # fmt: skip
     try:
         choice = choose(question)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,13 @@ from surefoot.course import (
     replay,
     run_validation,
     settle,
+    settle_calm,
+    to_be_taken,
     update,
     validation_due,
 )
 from surefoot.errors import StateError, SurefootError, failure_class
+from surefoot.graph import Take
 from surefoot.guard.guard import Stop
 from surefoot.guard.hang import HangWatch
 from surefoot.guard.review import Alarm
@@ -39,10 +42,12 @@ from surefoot.keep import Keeper
 from surefoot.measure.profile import Profile, phase
 from surefoot.record.recorder import Recorder
 from surefoot.stopping import Budget, NoLongerWaiting, StopRequest, signals_ask
-from surefoot.types import Minibatch, Outcome, leaves
+from surefoot.types import Minibatch, Outcome, Slots, leaves
 
 _LEAVE_S = 10.0
 """How long a process that has lost the run waits for its writer to notice."""
+_CALM_S = 0.05
+"""How long rows may wait for those of the steps after them."""
 
 
 @dataclass(kw_only=True)
@@ -64,6 +69,15 @@ class Run(Course):
     keeps_samples: bool = False
     profile: Profile | None = None
     status: str = "running"
+
+    def calm(self, until: int) -> tuple[int, Take | None]:
+        """As `Graph.calm`, for steps after which nothing is due, before the one that ends at `until`."""
+        step, graph = self.state.step, self.graph
+        if graph is None or self.state.eager_from is not None or self.before or self.profile is not None:
+            return 0, None
+        most, take = graph.calm(step)
+        ends = min(until, self.total, self.budget.updates or self.total, (step // EVERY + 1) * EVERY)
+        return min(most, ends - 1 - step), take
 
 
 def steps(run: Run) -> Generator[Outcome, None, None]:
@@ -116,8 +130,7 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
     """Updates until the run ends, or, with an empty status, until the guard's alarm."""
     state, parts, record = run.state, run.parts, run.record
     next_validation = run.validate.after(state.step) if run.validate else run.total + 1
-    keeper = run.keeper
-    begun = row_before = boundary = time.perf_counter()
+    keeper, clock, begun = run.keeper, _Clock(), time.perf_counter()
     while state.step < run.total and not state.stopped_early:
         if parts.strategy.agree(run.stop()):
             return "preempted"
@@ -129,29 +142,22 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
             record.lock.check()
         if run.profile is not None:
             _tell_profile(run, run.profile.before(state.step))
-        asked = time.perf_counter()
         try:
             with phase("data"):
-                batch = _wait_for(batches, run.stop)
+                batch = _next_batch(run, batches, clock, min(next_validation, keeper.due_step or run.total))
         except (NoLongerWaiting, RuntimeError):  # or a worker that the same signal ended
             if run.stop():
                 return "preempted"
             raise
-        data_wait_s = time.perf_counter() - asked
+        if batch is None:
+            return ""
         batch, multiplier, attempt = update(run, batch)
         slots = batch.slots
-
-        now = time.perf_counter()
-        state.elapsed_s += now - boundary
-        lr = parts.base_lr[0] * multiplier
-        label = Label(
-            slots, state.samples, lr, attempt.num_micro, data_wait_s, now - boundary, now - row_before
-        )  # fmt: skip
-        boundary = row_before = now
+        label = clock.label(run, slots, multiplier, attempt.num_micro)
         with phase("row"):
             verdict = settle(run, label, attempt)
         outcome = Outcome(
-            slots.step, slots.epoch, state.samples, lr, attempt.loss, attempt.grad_norm,
+            slots.step, slots.epoch, state.samples, label.lr, attempt.loss, attempt.grad_norm,
             attempt.update_ratio, attempt.permitted, parts.model, batch,
         )  # fmt: skip
         if isinstance(verdict, Alarm):
@@ -166,16 +172,16 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
         if state.step >= next_validation or state.step == run.total:
             next_validation = run.validate.after(state.step) if run.validate else run.total + 1
             outcome = replace(outcome, metrics=run_validation(run))
-            boundary = time.perf_counter()
+            clock.boundary = time.perf_counter()
         yield outcome
         if validation_due(run):
             return "preempted"  # a stop was asked for while validating
         if state.step % EVERY == 0 and parts.guard.on:
-            look_at_layers(run)
+            look_at_layers(run, attempt)
             if parts.guard.heals:
                 settle(run, None, None)
                 parts.guard.pending = run.healer.remember()
-            boundary = time.perf_counter()
+            clock.boundary = time.perf_counter()
         keeper.look()
         if keeper.poisoned and parts.guard.heals:
             keeper.poisoned = False
@@ -190,8 +196,70 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
             settle(run, None, None)
             with phase("checkpoint"):
                 keeper.keep()
-            boundary = time.perf_counter()
+            clock.boundary = time.perf_counter()
     return "stopped_early" if state.stopped_early else "finished"
+
+
+def _next_batch(run: Run, batches: Iterator[Minibatch], clock: _Clock, until: int) -> Minibatch | None:
+    """The next batch that is for `update`; None after an alarm, which is pending then. Compiled steps
+    before it that are certain to be calm are taken on the way, and settled together, which saves most of
+    what a small step costs beside its arithmetic.
+
+    until: after which step something is due: the step that gets there is for `update`.
+    """
+    back_at = clock.boundary + _CALM_S
+    while clock.boundary < back_at and not run.stop():
+        most, take = run.calm(until)
+        if take is None or most < 1:
+            break
+        batch, alarm = _calm_steps(run, batches, clock, most, take)
+        if isinstance(alarm, Alarm):
+            run.parts.guard.pending = alarm
+            return None
+        if batch is not None:
+            return batch
+    return _wait_for(batches, run.stop, clock)
+
+
+def _calm_steps(
+    run: Run, batches: Iterator[Minibatch], clock: _Clock, most: int, take: Take
+) -> tuple[Minibatch | None, Alarm | Stop | None]:
+    """Takes calm steps; the batch that turned out to be none, if one did, and the guard's verdict."""
+    state, taken, batch = run.state, list[tuple[Label, list[float], float]](), None
+    back_at, verdict = clock.boundary + _CALM_S, None
+    try:
+        while len(taken) < most and clock.boundary < back_at:
+            batch = _wait_for(batches, run.stop, clock)
+            whole, multiplier = to_be_taken(run, batch)
+            numbers = take(whole, multiplier)
+            if numbers is None:
+                break
+            state.step += 1
+            state.samples += batch.slots.num_samples
+            taken.append((clock.label(run, batch.slots, multiplier, 1), numbers, time.time()))
+            batch = None
+    finally:
+        if taken:
+            verdict = settle_calm(run, taken)
+    return batch, verdict
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Seconds of a step and between rows. boundary: when the step began. waited_s: for its batch."""
+
+    boundary: float = field(default_factory=time.perf_counter)
+    row_before: float = field(default_factory=time.perf_counter)
+    waited_s: float = 0.0
+
+    def label(self, run: Run, slots: Slots, multiplier: float, num_micro: int) -> Label:
+        """What is known of the row of a step that has just ended; the next begins."""
+        now = time.perf_counter()
+        step_s, wall_s = now - self.boundary, now - self.row_before
+        run.state.elapsed_s += step_s
+        self.boundary = self.row_before = now
+        lr = run.parts.base_lr[0] * multiplier
+        return Label(slots, run.state.samples, lr, num_micro, self.waited_s, step_s, wall_s)
 
 
 def _tell_profile(run: Run, facts: dict[str, Any] | None) -> None:
@@ -245,12 +313,14 @@ def _keep_samples(run: Run, bundle: Path | None, step: int) -> None:
         file.writelines(safetensors_chunks(tensors))
 
 
-def _wait_for(batches: Iterator[Minibatch], stop: StopRequest) -> Minibatch:
+def _wait_for(batches: Iterator[Minibatch], stop: StopRequest, clock: _Clock) -> Minibatch:
+    asked = time.perf_counter()
     try:
         stop.waiting = True
         return next(batches)
     finally:
         stop.waiting = False
+        clock.waited_s = time.perf_counter() - asked
 
 
 def _finite(run: Run) -> bool:

@@ -23,7 +23,7 @@ from surefoot.guard.guard import Watch
 from surefoot.keys import word
 from surefoot.measure.profile import phase
 from surefoot.optim.buffers import Buffers
-from surefoot.optim.gradients import global_norm
+from surefoot.optim.gradients import global_norm, norms_of
 from surefoot.optim.precision import Precision
 from surefoot.optim.update import Updater
 from surefoot.protocols import GradientTransform, Objective, Strategy
@@ -58,7 +58,7 @@ class Parts:
 
 class Attempt(NamedTuple):
     """Numbers of one attempted update: 0-d tensors, see `Outcome`. verdict, clip: of the guard; 0-d tensors
-    or numbers.
+    or numbers. trained, norms: the parameters that got a gradient, and its 2-norms before clipping, 1-d.
     """
 
     loss: Tensor
@@ -69,6 +69,8 @@ class Attempt(NamedTuple):
     clip: float | Tensor
     loss_scale: Tensor | None
     num_micro: int
+    trained: Sequence[nn.Parameter]
+    norms: Tensor
 
 
 def train_step(parts: Parts, batch: Minibatch, multiplier: float) -> Attempt:
@@ -78,9 +80,10 @@ def train_step(parts: Parts, batch: Minibatch, multiplier: float) -> Attempt:
         RecipeError: the objective returned something else than one loss per sample.
     """
     parts.buffers.remember()
-    loss, grads, num_micro = _gradients(parts, batch)
+    loss, trained, grads, num_micro = _gradients(parts, batch)
     scale = parts.precision.scale
-    grad_norm = norm = global_norm(grads)
+    norms = norms_of(grads)
+    grad_norm = norm = torch.linalg.vector_norm(norms)
     step = batch.slots.step
     with phase("permit and clip"):
         permitted, verdict, clip = parts.guard.permit(loss, grad_norm, step=step, scaled=scale is not None)
@@ -100,27 +103,30 @@ def train_step(parts: Parts, batch: Minibatch, multiplier: float) -> Attempt:
     if scale is not None:
         loss_scale = scale.scale
         scale.adjust(torch.isfinite(loss) & torch.isfinite(grad_norm))
-    return Attempt(loss, grad_norm, ratio, applied, verdict, clip, loss_scale, num_micro)
+    return Attempt(
+        loss, grad_norm, ratio, applied, verdict, clip, loss_scale, num_micro, trained, norms
+    )  # fmt: skip
 
 
-def _gradients(parts: Parts, batch: Minibatch) -> tuple[Tensor, list[Tensor], int]:
-    """The loss of the batch, its gradients, and the number of passes."""
+def _gradients(parts: Parts, batch: Minibatch) -> tuple[Tensor, list[nn.Parameter], list[Tensor], int]:
+    """The loss of the batch, the parameters that get a gradient, these, and the number of passes."""
     for param in parts.params:
         param.grad = None
     loss, num_micro = accumulate(parts, batch)
-    grads = [param.grad for param in parts.params if param.grad is not None]
+    trained = [param for param in parts.params if param.grad is not None]
+    grads = [param.grad for param in trained if param.grad is not None]
     if not grads:
         raise RecipeError("no parameter got a gradient.", why="The losses do not depend on the model.")
     parts.strategy.reduce_gradients(grads)
     if parts.precision.scale is not None:
         parts.precision.scale.unscale(grads)
-    return loss, grads, num_micro
+    return loss, trained, grads, num_micro
 
 
 def probe(parts: Parts, batch: Minibatch) -> tuple[float, float]:
     """Loss, and norm of the gradient, that a step with this batch would have; nothing is changed."""
     parts.buffers.remember()
-    loss, grads, _ = _gradients(parts, batch)
+    loss, _, grads, _ = _gradients(parts, batch)
     norm = global_norm(grads).item()
     parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
     return loss.item(), norm

@@ -109,12 +109,11 @@ def calm_below(seen: Statistics, *, early: bool = False) -> tuple[float, float]:
     not long.
     """
     bounds = _EARLY if early else _USUAL
-    norm_deviation, loss_deviation = _deviations(np, seen)
+    (log_mean, mean), first = seen.mean.tolist(), float(seen.first)
+    norm_deviation, loss_deviation = _deviations_in_numbers(seen)
     above = max(bounds.long * norm_deviation, bounds.long_ratio)
-    first, mean = abs(seen.first), abs(seen.mean[1])
-    rise = max(bounds.wild_loss * loss_deviation, bounds.rise * mean, _HIGH * first)
-    norm = math.exp(min(seen.mean[0] + above, 700.0))
-    return float(seen.mean[1] + _NEARLY * rise), _NEARLY * norm
+    rise = max(bounds.wild_loss * loss_deviation, bounds.rise * abs(mean), _HIGH * abs(first))
+    return mean + _NEARLY * rise, _NEARLY * math.exp(min(log_mean + above, 700.0))
 
 
 def take_up(xp: Any, seen: Statistics, values: Any) -> Statistics:
@@ -134,8 +133,7 @@ def take_up_numbers(seen: Statistics, losses: Sequence[float], norms: Sequence[f
     long, and more than all else that the guard does.
     """
     (log_mean, mean), (log_var, var), first = seen.mean.tolist(), seen.var.tolist(), float(seen.first)
-    most_log = _WINSOR * max(math.sqrt(log_var), _LEAST_DEVIATION)
-    most = _WINSOR * max(math.sqrt(var), _least_of_loss(mean, first))
+    most_log, most = (_WINSOR * deviation for deviation in _deviations_in_numbers(seen))
     num, log_sum, log_squares, total, squares = 0, 0.0, 0.0, 0.0, 0.0
     for loss, norm in zip(losses, norms, strict=True):
         if math.isfinite(loss) and math.isfinite(norm):
@@ -188,6 +186,12 @@ def _deviations(xp: Any, seen: Statistics) -> Any:
     least = _least_of_loss(seen.mean, seen.first)
     least[0] = _LEAST_DEVIATION
     return xp.maximum(seen.var**0.5, least)
+
+
+def _deviations_in_numbers(seen: Statistics) -> tuple[float, float]:
+    log_var, var = seen.var.tolist()
+    least = float(_least_of_loss(seen.mean.tolist()[1], float(seen.first)))
+    return max(math.sqrt(log_var), _LEAST_DEVIATION), max(math.sqrt(var), least)
 
 
 def _least_of_loss(mean: Any, first: Scalar) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -89,6 +90,7 @@ def _refused_for_good(num: int, step: int, verdict: int) -> Stop:
     )
 
 
+_ANY = 1 << 30
 _YES, _NO = torch.tensor(True), torch.tensor(False)
 _GO = Permit(_YES, 0.0, 1.0)
 
@@ -149,6 +151,26 @@ class Watch:
             limit = self.history.most_norm(step)
             norm = norm if limit is None else min(norm, limit)
         return loss, norm
+
+    def calm_for(self, step: int) -> int:
+        """How many steps from `step` on, if each is within the bounds of `lets_pass` now, are permitted and
+        call for no alarm before the last; on a host.
+        """
+        if not self.on:
+            return _ANY
+        if self.history.unsettled(step):
+            return 0
+        return min(self.judge.calm_for(), self.reviewed.calm_for())
+
+    def take_calm(self, step: int, losses: Sequence[float], norms: Sequence[float]) -> Alarm | None:
+        """Takes up steps that `calm_for` allowed for, the last of which is `step`, as `permit` and `review`
+        would have.
+        """
+        self.num_refused_in_a_row = 0
+        if not self.on:
+            return None
+        self.judge.take_calm(losses, norms)
+        return self.reviewed.look_at_calm(step, losses)
 
     def permit_on_host(self, loss: float, norm: float, *, step: int, scaled: bool) -> Permit:
         """`permit`, with numbers."""

@@ -76,6 +76,15 @@ class History:
         """Whether a high loss, and what is not finite, is no alarm in this step."""
         return any(i.kind == "bear" and i.begins <= step < i.value for i in self.interventions)
 
+    def unsettled(self, step: int) -> bool:
+        """Whether more than samples and rates is otherwise than without the guard, at `step` or later."""
+        return any(
+            i.kind == "clip"
+            or (i.kind in ("sit_out", "bear") and i.value > step)
+            or (i.kind == "anew" and i.begins >= step)
+            for i in self.interventions
+        )
+
     def begins_anew(self, step: int) -> bool:
         """Whether what is usual is learned anew from this step on."""
         return any(i.kind == "anew" and i.begins == step for i in self.interventions)

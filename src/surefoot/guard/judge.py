@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,15 +52,30 @@ class Judge:
         losses.append(loss)
         self._norms.append(norm)
         if len(losses) >= (BURN_IN if self.seen is None else BLOCK):
-            if self.seen is None:
-                self.seen = begin(*self._waiting())
-            elif self.on_host:
-                self.seen = take_up_numbers(self.seen, losses, self._norms)
-            else:
-                self.seen = take_up(torch, self.seen, self._waiting()[1])
-            self._losses, self._norms = [], []
-            self._set_bounds()
+            self._take_up()
         return decision
+
+    def _take_up(self) -> None:
+        if self.seen is None:
+            self.seen = begin(*self._waiting())
+        elif self.on_host:
+            self.seen = take_up_numbers(self.seen, self._losses, self._norms)
+        else:
+            self.seen = take_up(torch, self.seen, self._waiting()[1])
+        self._losses, self._norms = [], []
+        self._set_bounds()
+
+    def calm_for(self) -> int:
+        """How many steps that are `CALM` have the same bounds; on a host."""
+        return 0 if self.seen is None else BLOCK - len(self._losses)
+
+    def take_calm(self, losses: Sequence[float], norms: Sequence[float]) -> None:
+        """Takes up that many steps at most, all of them `CALM`."""
+        self._losses += losses
+        self._norms += norms
+        self._was_high = CALM.high
+        if len(self._losses) >= BLOCK:
+            self._take_up()
 
     def decide(self, loss: Any, norm: Any) -> Decision:
         """The decision on a step with these numbers; nothing is taken up."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -88,6 +89,16 @@ class Review:
             return None
         self.waiting.append(loss)
         return self._block(step, bears) if len(self.waiting) >= BLOCK else None
+
+    def calm_for(self) -> int:
+        """How many rows of permitted updates raise no alarm before the last, whatever their losses."""
+        return 0 if self.skips else BLOCK - len(self.waiting)
+
+    def look_at_calm(self, step: int, losses: Sequence[float]) -> Alarm | None:
+        """Looks at that many rows at most, all of them fine; the last is that of `step`."""
+        self.age += len(losses)
+        self.waiting += losses
+        return self._block(step, bears=False) if len(self.waiting) >= BLOCK else None
 
     def _block(self, step: int, bears: bool) -> Alarm | None:
         """Looks at the losses of some updates that were applied."""

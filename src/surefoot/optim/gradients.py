@@ -16,12 +16,15 @@ from surefoot.types import check_fields
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """2-norm of all elements: 0-d. Summed per tensor and then over tensors, as torch does."""
-    if torch.compiler.is_compiling():  # torch._foreach_norm would stay a call into Python
-        norms = [torch.linalg.vector_norm(t) for t in tensors]
-    else:
-        norms = list(torch._foreach_norm(list(tensors)))
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    norm: Tensor = torch.linalg.vector_norm(norms_of(tensors))
     return norm
+
+
+def norms_of(tensors: Sequence[Tensor]) -> Tensor:
+    """2-norm of each: 1-d."""
+    if torch.compiler.is_compiling():  # torch._foreach_norm would stay a call into Python
+        return torch.stack([torch.linalg.vector_norm(t) for t in tensors])
+    return torch.stack(list(torch._foreach_norm(list(tensors))))
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,6 +193,9 @@ class Outcome:
 # ---------------------------------------------------------------------------------- trees
 
 
+_NESTS = (tuple, list, dict)
+
+
 def map_leaves(function: Callable[[Any], Any], tree: Tree) -> Tree:
     """The same nest of tuples, lists and dicts with `function` applied to each leaf."""
     if isinstance(tree, dict):
@@ -224,6 +227,12 @@ def leaves(tree: Tree) -> list[Any]:
     """The leaves of a nest of tuples, lists and dicts, in order."""
     if isinstance(tree, dict):
         tree = tuple(tree.values())
-    if not isinstance(tree, tuple | list):
+    if not isinstance(tree, _NESTS):
         return [tree]
-    return [leaf for branch in tree for leaf in leaves(branch)]
+    found = []
+    for branch in tree:
+        if isinstance(branch, _NESTS):
+            found += leaves(branch)
+        else:
+            found.append(branch)
+    return found

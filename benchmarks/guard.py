@@ -7,7 +7,8 @@ median over processes of the medians of ratios of neighbouring turns:
 
 * ``mlp``, ``gpt``: ``Guard()`` beside ``Guard("off")``, eager;
 * ``mlp-compiled``: the same, compiled;
-* ``mlp-adds``: a compiled run with guard, log and ledger beside the same compiled updates without a run;
+* ``mlp-adds``: a compiled run with guard, log and ledger beside the same compiled updates, fed and at the
+  same rates, with none of these;
 * ``mlp-same``: ``Guard("off")`` beside itself: what of such ratios is noise.
 """
 
@@ -30,8 +31,8 @@ from workloads import WORKLOADS
 import surefoot as sf
 from surefoot.api import run_steps
 from surefoot.build import build
-from surefoot.course import Silence, update
-from surefoot.prepare import prepare
+from surefoot.course import Silence, to_be_taken, update
+from surefoot.prepare import Prepared, prepare
 from surefoot.record.folder import RunFolder
 
 STEPS = {"mlp": 400, "gpt": 10}
@@ -102,10 +103,25 @@ def updates(workload: str, mode: str, compiled: str, out: str) -> Iterator[Any]:
     operations = sf.Operations(compute={"compile": compiled, "threads": 1})
     if mode != "silent":
         return by_update(run_steps(build(recipe, RunFolder(out), operations)))
-    made = prepare(recipe, operations)
+    return silent(prepare(recipe, operations))
+
+
+def silent(made: Prepared) -> Iterator[None]:
+    """The same updates, compiled, of which nobody is told."""
     feed = made.feed(lambda kind, **facts: None)
     course = made.course(feed, None, Silence(), deque(maxlen=1))  # type: ignore[arg-type]
-    return (update(course, batch) for batch in feed.batches(0, LONG))
+    left, take = 0, None
+    for batch in feed.batches(0, LONG):
+        if left < 1:
+            left, take = course.graph.calm(course.state.step)
+        whole, multiplier = to_be_taken(course, batch)
+        if left < 1 or take(whole, multiplier) is None:
+            left = 0
+            update(course, batch)
+        else:
+            left -= 1
+            course.state.step += 1
+        yield
 
 
 if __name__ == "__main__":

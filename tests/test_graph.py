@@ -309,6 +309,41 @@ def test_calm_steps_are_those_that_would_be_taken_one_by_one(name, tmp_path, mon
         np.testing.assert_equal(a, b)  # NaN is NaN
 
 
+def test_a_run_that_is_interrupted_between_calm_steps_ends_with_the_same_bits(tmp_path):
+    changed = recipe(model=Normed, data=sf.Arrays(*blobs(195, classes=3)), until=700)
+    for at in (3, 64, 70, 97, 150, 199, 200, 263, 264, 398, 512, 640, 699, 700):
+        limited = Operations(compute={"compile": "on"}, progress="off", budget={"updates": at})
+        parts, _ = run(changed, tmp_path / "parts", limited)
+    whole, _ = run(changed, tmp_path / "whole", Operations(compute={"compile": "on"}))
+    assert (parts.status, parts.digest, parts.ledger) == ("finished", whole.digest, whole.ledger)
+
+
+@pytest.mark.parametrize("at", [398, 399, 400, 401])
+def test_a_run_that_is_continued_where_all_is_checked_goes_on_with_what_was_kept(tmp_path, at):
+    """The first step after it goes through torch, and the next is a calm one."""
+    limited = Operations(compute={"compile": "on"}, progress="off", budget={"updates": at})
+    run(recipe(until=700), tmp_path / "parts", limited)
+    whole, parts = (
+        run(recipe(until=700), tmp_path / name, Operations(compute={"compile": "on"}))[0]
+        for name in ("whole", "parts")
+    )
+    assert (parts.digest, parts.ledger) == (whole.digest, whole.ledger)
+
+
+def test_a_stop_is_heeded_after_calm_steps_without_waiting_for_a_batch(tmp_path, monkeypatch):
+    settle, last = train.settle_calm, []
+
+    def asked(run, taken):
+        run.stop.reason = "SIGTERM"
+        last.append(taken[-1][0].slots.step)
+        return settle(run, taken)
+
+    monkeypatch.setattr(train, "settle_calm", asked)
+    done, _ = run(recipe(until=700), tmp_path / "run", Operations(compute={"compile": "on"}))
+    assert (done.status, done.reason) == ("preempted", "SIGTERM")
+    assert last == [done.step - 1]
+
+
 def test_a_budget_is_met_exactly_by_calm_steps(tmp_path):
     limited = Operations(compute={"compile": "on"}, progress="off", budget={"updates": 333})
     done, _ = run(recipe(until=700), tmp_path / "run", limited)

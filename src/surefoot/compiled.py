@@ -81,10 +81,9 @@ class Compiled:
             self._fixed = fixed
         return self.again(moving)
 
-    @property
-    def is_direct(self) -> bool:
-        """Whether `again` may be called."""
-        return self._fixed is not None
+    def is_direct(self, fixed: list[Any]) -> bool:
+        """Whether the last direct call had this list, so that `again` may be called."""
+        return self._fixed is fixed
 
     def again(self, moving: Sequence[Any]) -> Sequence[Tensor]:
         """The last call's result for other `moving` tensors; nothing is checked."""

@@ -124,9 +124,9 @@ class Graph:
         """
         parts, whole = self._parts, self._whole
         if (
-            whole is None or not whole.is_direct or self._draws is None or parts.precision.scale is not None
-            or self.suspects or self._has_grads or step == 0
-            or self._update.slots() is not self._fixed_of
+            whole is None or not whole.is_direct(self._fixed) or self._draws is None
+            or self.suspects or self._has_grads or parts.precision.scale is not None
+            or step == 0 or self._update.slots() is not self._fixed_of
         ):  # fmt: skip
             return 0, None
         most = min(parts.guard.calm_for(step), self.check_every - 1 - step % self.check_every)

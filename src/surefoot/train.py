@@ -206,27 +206,32 @@ def _next_batch(run: Run, batches: Iterator[Minibatch], clock: _Clock, until: in
     what a small step costs beside its arithmetic.
 
     until: after which step something is due: the step that gets there is for `update`.
+
+    Raises:
+        NoLongerWaiting: a stop was asked for.
     """
     back_at = clock.boundary + _CALM_S
-    while clock.boundary < back_at and not run.stop():
+    while clock.boundary < back_at:
         most, take = run.calm(until)
         if take is None or most < 1:
             break
-        batch, alarm = _calm_steps(run, batches, clock, most, take)
+        batch, alarm = _calm_steps(run, batches, clock, most, take, back_at)
         if isinstance(alarm, Alarm):
             run.parts.guard.pending = alarm
             return None
+        if run.stop():
+            raise NoLongerWaiting
         if batch is not None:
             return batch
     return _wait_for(batches, run.stop, clock)
 
 
 def _calm_steps(
-    run: Run, batches: Iterator[Minibatch], clock: _Clock, most: int, take: Take
+    run: Run, batches: Iterator[Minibatch], clock: _Clock, most: int, take: Take, back_at: float
 ) -> tuple[Minibatch | None, Alarm | Stop | None]:
     """Takes calm steps; the batch that turned out to be none, if one did, and the guard's verdict."""
-    state, taken, batch = run.state, list[tuple[Label, list[float], float]](), None
-    back_at, verdict = clock.boundary + _CALM_S, None
+    state, verdict = run.state, None
+    taken, batch = list[tuple[Label, list[float], float]](), None
     try:
         while len(taken) < most and clock.boundary < back_at:
             batch = _wait_for(batches, run.stop, clock)

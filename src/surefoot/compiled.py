@@ -38,7 +38,7 @@ class Compiled:
         self._fixed: list[Any] | None = None
         self._arguments: list[Any] = []
         self._moves: list[tuple[int, int]] = []
-        self._traced, self._traced_again = False, False
+        self._num_traced = 0
         # A code object of its own: torch keeps there what it compiles, and not more than eight times; a
         # process may make more runs than that.
         function, owner = method.__func__, method.__self__  # type: ignore[attr-defined]
@@ -63,19 +63,18 @@ class Compiled:
         Raises:
             ChangedError: it is not.
         """
-        if check or self._taken is None or fixed is None or self._kernels is None:
+        if check or fixed is None or self._fixed is None:
             try:
                 with torch.no_grad():
                     result = self._through_torch(*arguments)
             except Exception as error:
-                if self._traced_again:
+                if self._num_traced > 1:
                     raise ChangedError from error
                 raise
             if fixed is not None and self._fixed is None:
                 self._learn(fixed, moving)
             return result
         if fixed is not self._fixed:
-            assert self._fixed is not None
             now = dict(zip(map(id, self._fixed), fixed, strict=True))
             self._arguments = [now.get(id(a), a) for a in self._arguments]
             self._fixed = fixed
@@ -103,10 +102,9 @@ class Compiled:
         self._taken, self._fixed = [], fixed
 
     def _backend(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        if self._traced:  # this is how torch tells
-            self._traced_again = True
+        self._num_traced += 1
+        if self._num_traced > 1:  # this is how torch tells
             raise ChangedError
-        self._traced = True
         from torch._functorch import config  # here, since these take two seconds
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 

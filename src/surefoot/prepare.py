@@ -403,7 +403,11 @@ def _check_watched(
     if evaluation is None:
         if watched:
             who = " and ".join(watched)
-            raise RecipeError(f"{who} needs a validation.", why="It watches a validation metric.")
+            raise RecipeError(
+                f"{who} needs a validation.",
+                why="It watches a validation metric.",
+                fix="validation=Validation(source)",
+            )
         return
     try:
         known = evaluation(model, most=1) or {}

@@ -175,7 +175,11 @@ class Recipe:
         if not all(isinstance(rule, Group) for rule in rules):
             raise RecipeError("groups must be a tuple of Group(...).", fix="(Group('*.bias'),)")
         if self.early_stopping is not None and self.validation is None:
-            raise RecipeError("early_stopping needs a validation.", why="It watches a validation metric.")
+            raise RecipeError(
+                "early_stopping needs a validation.",
+                why="It watches a validation metric.",
+                fix="validation=Validation(source)",
+            )
         if not _is_int(self.seed) or not 0 <= self.seed < 1 << 63:
             raise RecipeError(f"seed = {self.seed!r} must be a whole number from 0 to 2**63 - 1.")
 

@@ -68,6 +68,7 @@ def release(path: str | Path, ids: Sequence[int] | None = None) -> tuple[list[in
                 f"{path}: {f'sample {unknown[0]} is not' if unknown else 'no sample is'} left out"
                 f" in the state after step {checkpoint.step}.",
                 why=f"Left out are: {known}.",
+                fix="Give one of these." if left_out else "There is nothing to release.",
             )
         one = Intervention("release", checkpoint.step, checkpoint.step, 0.0, tuple(wanted))
         history = history.with_(one)

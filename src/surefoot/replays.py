@@ -209,7 +209,9 @@ def _row_of(log: Columns, step: int, view: RunView) -> dict[str, float]:
     if not len(found):
         steps = log["step"]
         has = f"steps {int(steps[0])} to {int(steps[-1])}" if len(steps) else "no steps"
-        raise RunDirectoryError(f"{view.path} has no step {step}.", why=f"Its log holds {has}.")
+        raise RunDirectoryError(
+            f"{view.path} has no step {step}.", why=f"Its log holds {has}.", fix="Give one of these."
+        )
     return {name: float(values[found[0]]) for name, values in log.items()}
 
 

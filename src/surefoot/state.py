@@ -138,7 +138,10 @@ class RunState:
         try:
             self.model.load_state_dict(tensors | extra)
         except RuntimeError as error:
-            raise StateError(f"the checkpoint is of another model: {error}") from error
+            raise StateError(
+                f"the checkpoint is of another model: {error}",
+                fix="Restore the model as it was when the run began, or train it with another --out.",
+            ) from error
         transient = {n: t for n, t in kept.items() if n.startswith(_TRANSIENT)}
         self.buffers.put_back({n.removeprefix(_TRANSIENT): t for n, t in transient.items()})
         self._load_optimizer_state(unflatten(facts["optimizer"], snapshot.optimizer))

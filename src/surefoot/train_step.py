@@ -116,7 +116,11 @@ def _gradients(parts: Parts, batch: Minibatch) -> tuple[Tensor, list[nn.Paramete
     trained = [param for param in parts.params if param.grad is not None]
     grads = [param.grad for param in trained if param.grad is not None]
     if not grads:
-        raise RecipeError("no parameter got a gradient.", why="The losses do not depend on the model.")
+        raise RecipeError(
+            "no parameter got a gradient.",
+            why="The losses do not depend on the model.",
+            fix="Look for detach(), no_grad() or argmax() between the model and the losses.",
+        )
     parts.strategy.reduce_gradients(grads)
     if parts.precision.scale is not None:
         parts.precision.scale.unscale(grads)

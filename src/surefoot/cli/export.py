@@ -33,7 +33,9 @@ def export_log(columns: Columns, to: str, target: Path | None) -> None:
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
-        raise UsageError(f"{target} cannot be written: {error.strerror}.") from None
+        raise UsageError(
+            f"{target} cannot be written: {error.strerror}.", fix="Give another file with --out."
+        ) from None
 
 
 def _parquet(columns: Columns, target: Path | None) -> None:
@@ -64,4 +66,6 @@ def write_report(views: Sequence[RunView], target: Path) -> None:
     try:
         target.write_text(render(subjects), encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{target} cannot be written: {error.strerror}.") from None
+        raise UsageError(
+            f"{target} cannot be written: {error.strerror}.", fix="Give another file with --out."
+        ) from None

@@ -278,7 +278,7 @@ def runs(
     """Show all runs below a folder side by side."""
     with _errors():
         if not folder.is_dir():
-            raise RunDirectoryError(f"{folder} is not a folder.")
+            raise RunDirectoryError(f"{folder} is not a folder.", fix="Give one that holds runs.")
         summaries = []
         for identity in sorted(folder.rglob("run.json")):
             try:

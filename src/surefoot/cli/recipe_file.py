@@ -134,7 +134,7 @@ def _value(text: str, annotation: Any) -> Any:
 
 def _load(path: Path) -> ModuleType:
     if not path.is_file():
-        raise RecipeError(f"{path}: there is no such file.")
+        raise RecipeError(f"{path}: there is no such file.", fix="Give the path of a recipe: a .py file.")
     name = f"recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

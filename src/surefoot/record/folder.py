@@ -116,7 +116,9 @@ class RunFolder:
         if not self.holds_run():
             return
         if self.is_running():
-            raise RunDirectoryError(f"{self.path} is in use by another process.")
+            raise RunDirectoryError(
+                f"{self.path} is in use by another process.", fix="Wait for it, or give another --out."
+            )
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1
@@ -139,7 +141,9 @@ class RunFolder:
                     path.mkdir(exist_ok=True)
                     made.append(path)
         except OSError as error:
-            raise RunDirectoryError(f"{self.path} cannot be written to: {error.strerror}.") from error
+            raise RunDirectoryError(
+                f"{self.path} cannot be written to: {error.strerror}.", fix="Give another --out."
+            ) from error
         self._made = made
         return take(self.lock_file, [self.steps / "rows.bin", self.steps / "tail.bin", self.events_file])
 

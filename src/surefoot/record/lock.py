@@ -70,7 +70,9 @@ def _opened(file: Path) -> int:
     try:
         return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise RunDirectoryError(f"{file.parent} cannot be written to: {error.strerror}.") from error
+        raise RunDirectoryError(
+            f"{file.parent} cannot be written to: {error.strerror}.", fix="Give another --out."
+        ) from error
 
 
 def _is(fd: int, file: Path, *, if_gone: bool = False) -> bool:

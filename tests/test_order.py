@@ -138,6 +138,28 @@ GOLDEN = {
 # ------------------------------------------------------------------------------------ the plan
 
 
+@given(
+    st.integers(1, 60),
+    st.integers(1, 12),
+    st.sampled_from(["keep", "pad", "drop", "straddle"]),
+    st.booleans(),
+    st.integers(0, 40),
+    st.integers(1, 12),
+)
+def test_whole_batches_are_planned_together_as_one_by_one(n, batch, tail, shuffle, first, num):
+    plan = Plan(n, min(batch, n), tail, shuffle)
+    one_by_one = [plan.at(step) for step in range(first, first + num)]
+    found = plan.whole(first, first + num)
+    assert (found is not None) == all(s.num_samples == plan.batch_size for s in one_by_one)
+    if found is not None:
+        slots, ids = found
+        assert [(s.step, s.epoch, str(s.epochs), s.num_samples) for s in slots] == [
+            (s.step, s.epoch, str(s.epochs), s.num_samples) for s in one_by_one
+        ]
+        assert [s.ids.tolist() for s in slots] == [s.ids.tolist() for s in one_by_one]
+        assert ids.tolist() == [i for s in one_by_one for i in s.ids.tolist()]
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     n=st.integers(1, 60),

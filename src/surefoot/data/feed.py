@@ -92,13 +92,13 @@ class Feed:
         most, size, source = self._gathers, self.plan.batch_size, self.source
         pool = Pool(source)
         for first in range(start // most * most, stop, most):
-            steps = range(first, min(first + most, stop))
-            slots = [self.plan.at(step) for step in steps]
-            if any(s.num_samples < size for s in slots):
-                yield from (self.at(step) for step in steps if step >= start)
+            last = min(first + most, stop)
+            whole = self.plan.whole(first, last)
+            if whole is None:
+                yield from (self.at(step) for step in range(max(first, start), last))
                 continue
             self._check_length()
-            ids = np.concatenate([s.ids for s in slots])
+            slots, ids = whole
             gathered = pool.gather(ids)
             batches = zip(slots, *(torch.split(leaf, size) for leaf in gathered), strict=True)
             for one, *parts in islice(batches, max(start - first, 0), None):

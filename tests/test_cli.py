@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -284,3 +287,19 @@ def test_a_recipe_file_that_breaks_is_told_with_its_line(tmp_path):
     done = surefoot("train", "mine.py", cwd=tmp_path)
     assert done.returncode == 2
     assert "mine.py: loading it raised KeyError in line 2: 'rate'" in done.stderr
+
+
+def test_an_interrupt_within_the_imports_leaves_no_traceback():
+    code = """
+import builtins, os, signal
+load = builtins.__import__
+def interrupted(name, *of, **more):
+    if name == "typer":
+        os.kill(os.getpid(), signal.SIGINT)
+    return load(name, *of, **more)
+from surefoot.__main__ import main
+builtins.__import__ = interrupted
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

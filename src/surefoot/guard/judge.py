@@ -57,7 +57,7 @@ class Judge:
 
     def _take_up(self) -> None:
         if self.seen is None:
-            self.seen = begin(*self._waiting())
+            self.seen = self._begun()
         elif self.on_host:
             self.seen = take_up_numbers(self.seen, self._losses, self._norms)
         else:
@@ -81,7 +81,7 @@ class Judge:
         """The decision on a step with these numbers; nothing is taken up."""
         seen, early = self.seen, self.seen is None
         if seen is None and len(self._losses) >= EARLIEST:
-            seen = begin(*self._waiting())
+            seen = self._begun()
         if not self.on_host:
             return judge(torch, seen, loss, norm, was_high=self._was_high, early=early)
         with np.errstate(all="ignore"):
@@ -95,7 +95,7 @@ class Judge:
             return self._calm_loss, self._calm_norm
         if len(self._losses) < EARLIEST:
             return math.inf, math.inf
-        return calm_below(begin(*self._waiting()), early=True)
+        return calm_below(self._begun(), early=True)
 
     def tensor_or_float(self, number: Any) -> Any:
         """A number as the decisions take it."""
@@ -109,6 +109,10 @@ class Judge:
         if self.on_host:
             return np, np.array((self._losses, self._norms))
         return torch, torch.stack((torch.stack(self._losses), torch.stack(self._norms)))
+
+    def _begun(self) -> Statistics:
+        with np.errstate(all="ignore"):  # huge numbers have no square
+            return begin(*self._waiting())
 
     def _set_bounds(self) -> None:
         self._calm_loss = self._calm_norm = -math.inf

@@ -335,6 +335,23 @@ def test_states_that_are_only_in_the_store_do_as_well(tmp_path, undisturbed):
     assert (done.digest, done.ledger) == (undisturbed.digest, undisturbed.ledger)
 
 
+def test_a_kill_while_healing_is_no_mistake_of_the_machine(tmp_path, undisturbed):
+    """The step of the alarm is taken twice from there on: with and without the remedy."""
+    built = build(jump(), RunFolder(tmp_path / "run"), OFTEN)
+
+    def killed(alarm, replay):
+        raise KeyboardInterrupt
+
+    built.run.healer.heal = killed
+    with pytest.raises(KeyboardInterrupt):
+        for _ in run_steps(built):
+            pass
+    done = sf.fit(jump(), out=tmp_path / "run", operations=OFTEN)
+    assert (done.digest, done.ledger) == (undisturbed.digest, undisturbed.ledger)
+    assert [e["detector"] for e in events(tmp_path / "run", "alarm") if "detector" in e] == []
+    assert len(events(tmp_path / "run", "rolled_back")) == 1
+
+
 def test_a_stop_while_healing_keeps_the_alarm(tmp_path, undisturbed):
     built = build(jump(), RunFolder(tmp_path / "run"), OFTEN)
     heal = built.run.healer.heal

@@ -181,8 +181,18 @@ def settle(course: Course, label: Label | None, attempt: Attempt | None) -> Alar
         arrived = course.readings.put(label, numbers + scale)
     for row, (loss, grad_norm, ratio, permitted, verdict, clip, *loss_scale) in arrived:
         slots, scale_used = row.slots, loss_scale[0] if loss_scale else 1.0
-        told = int(permitted), int(verdict), row.lr, loss, grad_norm, clip, ratio, scale_used
-        taken = _note(course, row, told, time.time())
+        taken = _note(
+            course,
+            row,
+            bool(permitted),
+            int(verdict),
+            loss,
+            grad_norm,
+            clip,
+            ratio,
+            scale_used,
+            time.time(),
+        )
         if not permitted and verdict != SAT_OUT:
             state.num_refused += 1
         overflow = bool(loss_scale) and math.isfinite(loss) and scale_used > LossScale.LEAST
@@ -193,44 +203,55 @@ def settle(course: Course, label: Label | None, attempt: Attempt | None) -> Alar
             step=slots.step, loss=loss, verdict=int(verdict), permitted=bool(permitted),
             expected=expected or now == "explained",
         )  # fmt: skip
-        judged = _heeded(course, judged) or _heeded(course, _canary(course, taken, row.num_micro))
+        canary = _canary(course, taken, row.num_micro)
+        if not isinstance(judged, Stop):
+            judged = _heeded(course, judged) or _heeded(course, canary)
         found = found or (now if isinstance(now, Stop) else None) or judged
     return found
 
 
-def settle_calm(course: Course, taken: Sequence[tuple[Label, list[float], float]]) -> Alarm | Stop | None:
+def settle_calm(course: Course, taken: Sequence[tuple[Label, list[float], float]]) -> Alarm | None:
     """Writes the rows of steps that a graph took as calm: labels, numbers, and when they ended. The alarm
-    that the last of them raises, if it does.
+    that the last of them raises, if it does: only that which completes what `calm_for` allows for can.
     """
     for label, (loss, grad_norm, ratio, _), ended in taken:
-        _note(course, label, (1, FINE, label.lr, loss, grad_norm, 1.0, ratio, 1.0), ended)
+        _note(course, label, True, FINE, loss, grad_norm, 1.0, ratio, 1.0, ended)
     losses, norms = ([numbers[i] for _, numbers, _ in taken] for i in range(2))
     return _heeded(course, course.parts.guard.take_calm(taken[-1][0].slots.step, losses, norms))
 
 
-def _heeded(course: Course, verdict: Alarm | Stop | None) -> Alarm | Stop | None:
-    """A verdict that something is to be done about; what is only watched is told of."""
-    if not isinstance(verdict, Alarm):
-        return verdict
-    if verdict.detector == "D6" and course.healer.warms_up(verdict.step):
+def _heeded(course: Course, alarm: Alarm | None) -> Alarm | None:
+    """The alarm, if something is to be done about it; one that is only watched is told of."""
+    if alarm is None or (alarm.detector == "D6" and course.healer.warms_up(alarm.step)):
         return None
     if course.parts.guard.heals:
-        return verdict
-    _warn(course, verdict)
+        return alarm
+    _warn(course, alarm)
     return None
 
 
-def _note(course: Course, label: Label, told: tuple[int | float, ...], now: float) -> Row:
-    """Writes a row, of which `told` are the columns from ``permitted`` to ``loss_scale``."""
+def _note(
+    course: Course,
+    label: Label,
+    permitted: bool,
+    verdict: int,
+    loss: float,
+    grad_norm: float,
+    clip: float,
+    ratio: float,
+    loss_scale: float,
+    now: float,
+) -> Row:
+    """Writes a row, and extends the ledger."""
     slots = label.slots
     course.told.row((
         slots.step, course.told.attempt, slots.epoch, label.samples, slots.num_samples, label.num_micro,
-        *told,
+        int(permitted), verdict, label.lr, loss, grad_norm, clip, ratio, loss_scale,
         label.data_wait_s, label.step_s, label.wall_s, label.wall_s * course.price_per_s, now,
     ))  # fmt: skip
-    row = Row(slots.step, told[3], told[4], bool(told[0]))
+    row = Row(slots.step, loss, grad_norm, permitted)
     course.rows.append(row)
-    if row.permitted:
+    if permitted:
         course.state.ledger.extend(slots.step, slots.ids)
     return row
 
@@ -261,10 +282,10 @@ def _refused(
 
 def _canary(course: Course, taken: Row, num_micro: int) -> Alarm | None:
     """D7: a step that an earlier attempt took from the same state came out otherwise."""
-    if not course.before or not course.parts.guard.on:
+    if not course.before:
         return None
     then, passes = course.before.pop(taken.step, (taken, num_micro))
-    if passes != num_micro or same_row(then, taken, exact=True):
+    if not course.parts.guard.on or passes != num_micro or same_row(then, taken, exact=True):
         return None
     course.before.clear()
     reason = (

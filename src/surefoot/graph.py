@@ -21,7 +21,7 @@ from surefoot.optim.functional import FunctionalUpdate, Slots
 from surefoot.optim.update import FAR_FROM_OVERFLOW
 from surefoot.traced import Traced, flat
 from surefoot.train_step import Attempt, Parts, known_weight, pieces_of
-from surefoot.types import Minibatch, leaves
+from surefoot.types import Minibatch, Tree, leaves
 
 _YES = torch.tensor(True)
 CHECK_EVERY = 400
@@ -37,7 +37,7 @@ class Graph:
             gradient and which buffers change.
         cpp_wrapper: see `Compiled`.
 
-    check_every: steps that are multiples of it check all that the trace depended on. suspects: the next
+    check_every: steps that end at a multiple of it check all that the trace depended on. suspects: the next
     does; to be set after code of others has run.
     """
 
@@ -52,7 +52,7 @@ class Graph:
         others = [p.detach() for name, p in named.items() if name not in trained]
         self._update = FunctionalUpdate(parts.updater.optimizer, self._trained)
         self._buffers = list(parts.buffers.changing)
-        self._shapes = _shapes(leaves(batch.data))
+        self._form = _form(batch.data, leaves(batch.data))
         traced = Traced(parts, trained, others, self._update, self._buffers, batch.num_rows)
         self._unchanged = Unchanged(parts.model, [parts.objective, *parts.transforms])
         self._weighs = isinstance(known_weight(parts, batch), Tensor)
@@ -84,13 +84,9 @@ class Graph:
         if check and not self._unchanged():
             raise ChangedError
         total = known_weight(parts, batch)
-        if (
-            step == 0
-            or batch.weights is not None
-            or _shapes(data) != self._shapes
-            or isinstance(total, Tensor) != self._weighs
-        ):
+        if step == 0 or not self._usual(batch, data, total):
             self._has_grads = True
+            self.suspects |= check  # it is due as before
             return None
         self.suspects = False
         loss_bound, norm_bound = parts.guard.lets_pass(step)
@@ -110,8 +106,7 @@ class Graph:
         if scale is not None:
             loss_scale = scale.scale
             scale.adjust(_YES)
-        for group, rate in zip(parts.updater.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        parts.updater.set_rates(multiplier, parts.base_lr)
         at = row.unbind()
         return Attempt(
             at[0], at[1], at[2], _YES, permit.verdict, permit.clip, loss_scale, num_micro,
@@ -131,13 +126,11 @@ class Graph:
             return 0, None
         most = min(parts.guard.calm_for(step), self.check_every - 1 - step % self.check_every)
         loss_bound, norm_bound = parts.guard.lets_pass(step)
-        buffers, shapes, weighs, base_lr = (
-            parts.buffers.live(self._buffers), self._shapes, self._weighs, parts.base_lr
-        )  # fmt: skip
+        buffers, base_lr = parts.buffers.live(self._buffers), parts.base_lr
 
         def take(batch: Minibatch, multiplier: float) -> list[float] | None:
             data, total = leaves(batch.data), known_weight(parts, batch)
-            if batch.weights is not None or isinstance(total, Tensor) != weighs or _shapes(data) != shapes:
+            if not self._usual(batch, data, total):
                 return None
             self._write(loss_bound, norm_bound, [lr * multiplier for lr in base_lr])
             if self._draws:
@@ -146,6 +139,11 @@ class Graph:
             return numbers if numbers[3] else None
 
         return most, take
+
+    def _usual(self, batch: Minibatch, data: list[Any], total: Any) -> bool:
+        """Whether the batch is one of those that were compiled for."""
+        same = batch.weights is None and isinstance(total, Tensor) == self._weighs
+        return same and _form(batch.data, data) == self._form
 
     def _write(self, loss_bound: float, norm_bound: float, rates: list[float]) -> None:
         far = FAR_FROM_OVERFLOW / max(1.0, *map(abs, rates))
@@ -186,7 +184,21 @@ class Graph:
         return self._last(last), len(pieces)
 
 
-def _shapes(data: list[Any]) -> list[Any]:
-    """All that what was compiled takes for granted of a batch; it gets each tensor as one of its own."""
+def _form(tree: Tree, data: list[Any]) -> tuple[Any, ...]:
+    """All that what was compiled takes for granted of a batch: its nest, and of its leaves `data`, each of
+    which it gets as one of its own, how they lie in memory.
+    """
     ids = list(map(id, data))
-    return [(leaf.shape, leaf.dtype, leaf.stride(), ids.index(id(leaf))) for leaf in data]
+    return _nest(tree), [
+        (leaf.shape, leaf.dtype, leaf.stride(), leaf.requires_grad, ids.index(id(leaf)))
+        if isinstance(leaf, Tensor)
+        else type(leaf)
+        for leaf in data
+    ]
+
+
+def _nest(tree: Tree) -> Any:
+    """Types and keys of a nest, in order."""
+    if isinstance(tree, dict):
+        return type(tree), [(key, _nest(branch)) for key, branch in tree.items()]
+    return (type(tree), [_nest(branch) for branch in tree]) if isinstance(tree, (tuple, list)) else None

@@ -263,7 +263,7 @@ class Healer:
         """Whether the loss comes down, and these last losses are below the untreated ones by more than
         chance.
         """
-        if not self.parts.guard.reviewed.learns():
+        if not self.parts.guard.reviewed.learns() or not all(map(math.isfinite, [*losses, *untreated])):
             return False
         chance = statistics.pstdev(untreated) / math.sqrt(len(untreated))
         gain = statistics.mean(untreated) - statistics.mean(losses)

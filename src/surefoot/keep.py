@@ -43,13 +43,13 @@ class Auto:
         return min(least, self.risk_s)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Asked:
     """What was so when a state was handed to the writer."""
 
     num_refused: int
     validated_at: int
-    stall_s: float
+    stall_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,10 @@ class Keeper:
             return
         self._retry_at = math.inf  # until it is known what becomes of this one
         state = self.state
-        self.writer.submit(state.snapshot(), state.step)
-        stall_s = time.perf_counter() - begun
         self._asked.pop(state.step, None)
-        self._asked[state.step] = _Asked(state.num_refused, state.validated_at, stall_s)
+        asked = self._asked[state.step] = _Asked(state.num_refused, state.validated_at)
+        self.writer.submit(state.snapshot(), state.step)
+        asked.stall_s = time.perf_counter() - begun
 
     def settle(self) -> None:
         """Waits, for a while, until nothing is being written."""

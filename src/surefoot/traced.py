@@ -113,7 +113,8 @@ class Traced:
         self._update(params, grads, slots, rates)
         moved = global_norm([p - o for p, o in zip(params, old[: len(params)], strict=True)])
         size = global_norm([*old[: len(params)], *self._others])
-        applied = (loss <= bounds[0]) & (norm <= bounds[1]) & (size <= bounds[2]) & torch.isfinite(moved)
+        within = (loss <= bounds[0]) & (norm <= bounds[1]) & (size <= bounds[2])
+        applied = within & torch.isfinite(loss) & torch.isfinite(moved)
         for now, then in zip(changing, old, strict=True):
             now.copy_(torch.where(applied, now, then))
         for now, new in zip(buffers, after, strict=True):

@@ -47,7 +47,7 @@ from surefoot.types import Minibatch, Outcome, Slots, leaves
 _LEAVE_S = 10.0
 """How long a process that has lost the run waits for its writer to notice."""
 _CALM_S = 0.05
-"""How long rows may wait for those of the steps after them."""
+"""How long calm steps may follow one another, their rows waiting, before an ordinary one."""
 
 
 @dataclass(kw_only=True)
@@ -71,12 +71,17 @@ class Run(Course):
     status: str = "running"
 
     def calm(self, until: int) -> tuple[int, Take | None]:
-        """As `Graph.calm`, for steps after which nothing is due, before the one that ends at `until`."""
+        """As `Graph.calm`, for steps after which nothing is due, before the one that ends at `until`; and
+        only if batches are at hand, since rows wait meanwhile.
+        """
         step, graph = self.state.step, self.graph
         if graph is None or self.state.eager_from is not None or self.before or self.profile is not None:
             return 0, None
+        if not self.feed.at_hand:
+            return 0, None
         most, take = graph.calm(step)
-        ends = min(until, self.total, self.budget.updates or self.total, (step // EVERY + 1) * EVERY)
+        kept, limit = self.keeper.due_step or self.total, self.budget.updates or self.total
+        ends = min(until, kept, limit, self.total, (step // EVERY + 1) * EVERY)
         return min(most, ends - 1 - step), take
 
 
@@ -143,17 +148,20 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
         if run.profile is not None:
             _tell_profile(run, run.profile.before(state.step))
         try:
-            with phase("data"):
-                batch = _next_batch(run, batches, clock, min(next_validation, keeper.due_step or run.total))
-        except (NoLongerWaiting, RuntimeError):  # or a worker that the same signal ended
-            if run.stop():
-                return "preempted"
-            raise
-        if batch is None:
-            return ""
+            num_taken, batch, alarm = _calm_steps(run, batches, clock, until=next_validation)
+            if alarm is not None:
+                parts.guard.pending = alarm
+                return ""
+            if batch is None and num_taken:
+                continue
+            if batch is None:
+                batch = _wait_for(batches, run.stop, clock)
+        except NoLongerWaiting:
+            return "preempted"
         batch, multiplier, attempt = update(run, batch)
         slots = batch.slots
         label = clock.label(run, slots, multiplier, attempt.num_micro)
+        clock.calm_until = clock.boundary + _CALM_S
         with phase("row"):
             verdict = settle(run, label, attempt)
         outcome = Outcome(
@@ -200,43 +208,24 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
     return "stopped_early" if state.stopped_early else "finished"
 
 
-def _next_batch(run: Run, batches: Iterator[Minibatch], clock: _Clock, until: int) -> Minibatch | None:
-    """The next batch that is for `update`; None after an alarm, which is pending then. Compiled steps
-    before it that are certain to be calm are taken on the way, and settled together, which saves most of
-    what a small step costs beside its arithmetic.
-
-    until: after which step something is due: the step that gets there is for `update`.
-
-    Raises:
-        NoLongerWaiting: a stop was asked for.
-    """
-    back_at = clock.boundary + _CALM_S
-    while clock.boundary < back_at:
-        most, take = run.calm(until)
-        if take is None or most < 1:
-            break
-        batch, alarm = _calm_steps(run, batches, clock, most, take, back_at)
-        if isinstance(alarm, Alarm):
-            run.parts.guard.pending = alarm
-            return None
-        if run.stop():
-            raise NoLongerWaiting
-        if batch is not None:
-            return batch
-    return _wait_for(batches, run.stop, clock)
-
-
 def _calm_steps(
-    run: Run, batches: Iterator[Minibatch], clock: _Clock, most: int, take: Take, back_at: float
-) -> tuple[Minibatch | None, Alarm | Stop | None]:
-    """Takes calm steps; the batch that turned out to be none, if one did, and the guard's verdict."""
-    state, verdict = run.state, None
-    taken, batch = list[tuple[Label, list[float], float]](), None
+    run: Run, batches: Iterator[Minibatch], clock: _Clock, *, until: int
+) -> tuple[int, Minibatch | None, Alarm | None]:
+    """Takes compiled steps that are certain to be calm, and settles them together, which saves most of what
+    a small step costs beside its arithmetic. How many; the batch after them, if it turned out to be an
+    unusual one; and the guard's alarm, if there is one.
+
+    until: after which step something is due: the step that gets there is not among them.
+    """
+    state, taken = run.state, list[tuple[Label, list[float], float]]()
+    batch, alarm, multiplier = None, None, 0.0
+    most, take = run.calm(until) if clock.boundary < clock.calm_until else (0, None)
     try:
-        while len(taken) < most and clock.boundary < back_at:
+        while take is not None and len(taken) < most and clock.boundary < clock.calm_until:
             batch = _wait_for(batches, run.stop, clock)
-            whole, multiplier = to_be_taken(run, batch)
-            numbers = take(whole, multiplier)
+            without_holes, multiplier = to_be_taken(run, batch)
+            with phase("compiled step"):
+                numbers = take(without_holes, multiplier)
             if numbers is None:
                 break
             state.step += 1
@@ -245,17 +234,21 @@ def _calm_steps(
             batch = None
     finally:
         if taken:
-            verdict = settle_calm(run, taken)
-    return batch, verdict
+            run.parts.updater.set_rates(multiplier, run.parts.base_lr)
+            alarm = settle_calm(run, taken)
+    return len(taken), batch, alarm
 
 
 @dataclass(slots=True)
 class _Clock:
-    """Seconds of a step and between rows. boundary: when the step began. waited_s: for its batch."""
+    """Seconds of a step and between rows. boundary: when the step began. waited_s: for its batch.
+    calm_until: when the next ordinary step is due.
+    """
 
     boundary: float = field(default_factory=time.perf_counter)
     row_before: float = field(default_factory=time.perf_counter)
     waited_s: float = 0.0
+    calm_until: float = 0.0
 
     def label(self, run: Run, slots: Slots, multiplier: float, num_micro: int) -> Label:
         """What is known of the row of a step that has just ended; the next begins."""
@@ -269,6 +262,7 @@ class _Clock:
 
 def _tell_profile(run: Run, facts: dict[str, Any] | None) -> None:
     if facts is not None:
+        run.profile = None
         run.record.event("profiled", step=run.state.step, **facts)
 
 
@@ -319,10 +313,20 @@ def _keep_samples(run: Run, bundle: Path | None, step: int) -> None:
 
 
 def _wait_for(batches: Iterator[Minibatch], stop: StopRequest, clock: _Clock) -> Minibatch:
+    """The next batch.
+
+    Raises:
+        NoLongerWaiting: a stop was asked for meanwhile.
+    """
     asked = time.perf_counter()
     try:
         stop.waiting = True
-        return next(batches)
+        with phase("data"):
+            return next(batches)
+    except RuntimeError:
+        if stop():  # a worker that the same signal ended
+            raise NoLongerWaiting from None
+        raise
     finally:
         stop.waiting = False
         clock.waited_s = time.perf_counter() - asked
@@ -389,13 +393,15 @@ def _fail(run: Run, error: BaseException) -> None:
     if run.record.lock.lost:  # the directory is another's
         run.keeper.writer.drain(_LEAVE_S)
         return
-    run.keeper.writer.drain(run.keeper.deadline_s)
-    run.keeper.look()
-    run.record.event(
-        "ended", status=run.status, step=run.state.step, error=what, failure=failure_class(error)
-    )
-    with suppress(OSError):
-        run.record.close()
+    try:
+        run.keeper.writer.drain(run.keeper.deadline_s)
+        run.keeper.look()
+        run.record.event(
+            "ended", status=run.status, step=run.state.step, error=what, failure=failure_class(error)
+        )
+    finally:
+        with suppress(OSError):
+            run.record.close()
 
 
 def _give_up(run: Run) -> None:

@@ -66,13 +66,17 @@ class Feed:
         object.__setattr__(self, "_keyed", isinstance(self.source, KeyedSource))
         object.__setattr__(self, "_gathers", self._most_steps())
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether batches are copied out of arrays, in a moment; a derived class may do something else."""
+        return isinstance(self.source, Arrays) and type(self.source).fetch is Arrays.fetch
+
     def _most_steps(self) -> int:
-        """How many steps' batches are gathered in one call: of arrays, as much as stays in a cache, and
-        only if each begins where a cache line does. A derived class may do something else.
-        """
-        if not isinstance(self.source, Arrays) or type(self.source).fetch is not Arrays.fetch:
+        """Steps that are gathered in one call: what stays in a cache, if each begins with a line of it."""
+        if not self.at_hand:
             return 1
-        sizes = [rows * self.plan.batch_size for rows in self.source.row_bytes()]
+        row_bytes: list[int] = self.source.row_bytes()
+        sizes = [num * self.plan.batch_size for num in row_bytes]
         if any(size % _LINE_BYTES for size in sizes):
             return 1
         return max(1, min(_MOST_STEPS, _CHUNK_BYTES // max(1, sum(sizes))))

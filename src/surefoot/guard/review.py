@@ -69,7 +69,7 @@ class Review:
         """
         self.age += 1
         if verdict == FINE and not self.skips and not expected:  # nearly every step
-            waiting = self.waiting
+            waiting, self.num_not_finite = self.waiting, 0
             waiting.append(loss)
             return self._block(step, bears) if len(waiting) >= BLOCK else None
         if expected or verdict == SAT_OUT:
@@ -97,6 +97,7 @@ class Review:
     def look_at_calm(self, step: int, losses: Sequence[float]) -> Alarm | None:
         """Looks at that many rows at most, all of them fine; the last is that of `step`."""
         self.age += len(losses)
+        self.num_not_finite = 0
         self.waiting += losses
         return self._block(step, bears=False) if len(self.waiting) >= BLOCK else None
 

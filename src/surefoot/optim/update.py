@@ -86,8 +86,7 @@ class Updater:
         that turns out not to be finite (it overflowed, or the optimizer divided zero by zero) is undone,
         the optimizer's state too. That takes copies, so it is watched for where it can happen: see `_tame`.
         """
-        for group, lr in zip(self.optimizer.param_groups, base, strict=True):
-            group["lr"] = lr * multiplier
+        self.set_rates(multiplier, base)
         if not self._asks_device and not permitted.item():
             return torch.zeros_like(self._unmeasured), permitted
         measured = step % self._every == 0
@@ -117,6 +116,11 @@ class Updater:
                 undo()
             return torch.zeros_like(self._unmeasured), ~permitted
         return moved / size, permitted
+
+    def set_rates(self, multiplier: float, base: Sequence[float]) -> None:
+        """Sets the rates ``base[group] * multiplier``."""
+        for group, lr in zip(self.optimizer.param_groups, base, strict=True):
+            group["lr"] = lr * multiplier
 
     def _tame(self, grad_norm: Tensor, multiplier: float) -> bool:
         """Whether a step cannot leave the finite numbers: torch's own optimizer, which divides by nothing

@@ -1,0 +1,205 @@
+"""What an attack on compiled steps that are settled together found: each of these went wrong once."""
+
+import math
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import blobs, mlp, recipe
+
+import surefoot as sf
+from surefoot import train
+from surefoot.api import run_steps
+from surefoot.build import build
+from surefoot.guard.detect import FINE, NOT_FINITE
+from surefoot.guard.review import Review
+from surefoot.operations import Operations
+from surefoot.record.folder import RunFolder
+
+
+def compiled(**more):
+    return Operations(compute={"compile": "on"}, progress="off", **more)
+
+
+def events(run, kind):
+    return [e for e in sf.open_run(run).events(all_events=True) if e["kind"] == kind]
+
+
+class Fetching(sf.Arrays):
+    """Arrays; `seen` is called with each batch's number and data, and may give other data."""
+
+    def __init__(self, *arrays, seen, **named):
+        super().__init__(*arrays, **named)
+        self.seen, self.num = seen, 0
+
+    def fetch(self, ids):
+        data = super().fetch(ids)
+        self.num += 1
+        return self.seen(self.num, data) or data
+
+
+def test_a_loss_of_minus_infinity_is_refused_everywhere(tmp_path):
+    x, y = blobs(6000)
+
+    def objective(model, data):
+        x, y = data
+        return F.cross_entropy(model(x), y, reduction="none") + 0.01 * torch.log(x[:, 0].abs()).detach()
+
+    def changed():
+        return recipe(objective=objective, data=sf.Arrays(x, y), batch=sf.Batch(20), until=295)
+
+    before = sf.fit(changed(), out=tmp_path / "before", operations=compiled(budget={"updates": 1}))
+    x[sf.open_run(before.run_dir).plan.ids(257)[3], 0] = 0.0
+    for name, operations in {"eager": Operations(compute={"compile": "off"}), "calm": compiled()}.items():
+        sf.fit(changed(), out=tmp_path / name, operations=operations)
+    for _ in sf.steps(changed(), out=tmp_path / "steps", operations=compiled()):
+        pass
+    for name in ("eager", "calm", "steps"):
+        log = sf.open_run(tmp_path / name).log()
+        assert log["loss"][257] == -math.inf
+        assert (log["permitted"][257], log["verdict"][257]) == (0, NOT_FINITE)
+        assert [e["step"] for e in events(tmp_path / name, "quarantined")] == [257]
+
+
+@pytest.mark.parametrize("num", [195, 200])
+def test_a_check_that_falls_on_a_short_batch_is_made_after_it(tmp_path, num):
+    settings = SimpleNamespace(scale=1.0)
+
+    def objective(model, data):
+        return settings.scale * F.cross_entropy(model(data[0]), data[1], reduction="none")
+
+    def seen(num, data):
+        settings.scale = 3.0 if num > 80 else 1.0
+
+    data = Fetching(*blobs(num), seen=seen)
+    changed = recipe(objective=objective, data=data, batch=sf.Batch(20), until=450)
+    sf.fit(changed, out=tmp_path / "run", operations=compiled())
+    (told,) = events(tmp_path / "run", "uncompiled")
+    assert told["step"] in (399, 400)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda data: {"b": data["b"], "a": data["a"]},
+        lambda data: {"a": data["a"].clone().requires_grad_(), "b": data["b"]},
+        lambda data: {"a": data["a"].numpy(), "b": data["b"]},
+    ],
+    ids=["order of keys", "gradient", "no tensor"],
+)
+def test_batches_in_another_form_are_taken_eagerly(tmp_path, other):
+    x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+
+    def objective(model, data):
+        return (model(torch.as_tensor(data["a"])) - data["b"]).square().mean(1)
+
+    def run(name, operations):
+        data = Fetching(seen=lambda num, data: other(data) if num % 5 == 0 else None, a=x, b=x.flip(1))
+        done = sf.fit(
+            recipe(model=lambda: mlp(classes=8), objective=objective, data=data, until=150),
+            out=tmp_path / name,
+            operations=operations,
+        )
+        return done, sf.open_run(done.run_dir).log()["loss"]
+
+    _, eager = run("eager", Operations(compute={"compile": "off"}, progress="off"))
+    _, whole = run("compiled", compiled())
+    np.testing.assert_allclose(whole, eager, rtol=1e-4)
+    assert not events(tmp_path / "compiled", "uncompiled")
+
+
+def test_no_row_waits_while_a_source_makes_a_batch(tmp_path):
+    rows, log = [], []
+
+    def seen(num, data):
+        rows.append(len(log[0]) if log else 0)
+
+    built = build(
+        recipe(data=Fetching(*blobs(200), seen=seen), batch=sf.Batch(20), until=150),
+        RunFolder(tmp_path / "run"),
+        compiled(),
+    )
+    rows.clear()
+    log.append(built.run.record._log)
+    for _ in run_steps(built):
+        pass
+    assert rows == list(range(150))
+
+
+def counted(built, monkeypatch):
+    """How many steps were taken as calm ones."""
+    settle, num = train.settle_calm, [0]
+
+    def counting(run, taken):
+        num[0] += len(taken)
+        return settle(run, taken)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "settle_calm", counting)
+        for _ in run_steps(built):
+            pass
+    return num[0]
+
+
+@pytest.mark.parametrize("mode", ["heal", "off"])
+def test_a_run_that_was_killed_goes_on_with_calm_steps(tmp_path, monkeypatch, mode):
+    changed = recipe(guard=sf.Guard(mode), until=900)
+    for outcome in sf.steps(changed, out=tmp_path / "run", operations=compiled(checkpoint={"every": 300})):
+        if outcome.step == 350:
+            in_flight = shutil.ignore_patterns(".tmp-*", ".trash-*", "BALLAST")
+            shutil.copytree(tmp_path / "run", tmp_path / "copy", ignore=in_flight)
+    built = build(changed, RunFolder(tmp_path / "copy"), compiled())
+    assert built.run.before
+    assert counted(built, monkeypatch) > 300
+
+
+def test_a_profile_ends_with_its_steps(tmp_path, monkeypatch):
+    built = build(recipe(until=600), RunFolder(tmp_path / "run"), compiled(profile=3))
+    assert counted(built, monkeypatch) > 300
+    assert len(events(tmp_path / "run", "profiled")) == 1
+
+
+def test_the_optimizer_has_the_rate_of_the_last_step(tmp_path, monkeypatch):
+    settle = train.settle_calm
+
+    def stopped(run, taken):
+        run.stop.reason = "SIGTERM"
+        return settle(run, taken)
+
+    monkeypatch.setattr(train, "settle_calm", stopped)
+    built = build(recipe(schedule=sf.linear(), until=600), RunFolder(tmp_path / "run"), compiled())
+    for _ in run_steps(built):
+        pass
+    assert built.run.status == "preempted"
+    group, *_ = built.run.parts.updater.optimizer.param_groups
+    assert group["lr"] == sf.open_run(tmp_path / "run").log()["lr"][-1]
+
+
+def test_steps_that_were_not_finite_count_in_a_row_only():
+    review = Review()
+    rows = [NOT_FINITE] * 3 + [FINE] * 200 + [NOT_FINITE]
+    alarms = [
+        review.look(step=step, loss=1.0 - step * 4e-3, verdict=verdict, expected=False, bears=step < 3)
+        for step, verdict in enumerate(rows)
+    ]
+    assert alarms == [None] * len(rows)
+
+
+def test_an_interrupt_while_a_state_is_handed_over_leaves_the_run_in_order(tmp_path):
+    built = build(recipe(until=60), RunFolder(tmp_path / "run"), Operations(checkpoint={"every": 20}))
+    submit = built.run.keeper.writer.submit
+
+    def interrupted(*of):
+        submit(*of)
+        raise KeyboardInterrupt
+
+    built.run.keeper.writer.submit = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        for _ in run_steps(built):
+            pass
+    (ended,) = events(tmp_path / "run", "ended")
+    assert ended["status"] == "preempted"
+    assert sf.fit(recipe(until=60), out=tmp_path / "run").status == "finished"

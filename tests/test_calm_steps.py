@@ -203,3 +203,44 @@ def test_an_interrupt_while_a_state_is_handed_over_leaves_the_run_in_order(tmp_p
     (ended,) = events(tmp_path / "run", "ended")
     assert ended["status"] == "preempted"
     assert sf.fit(recipe(until=60), out=tmp_path / "run").status == "finished"
+
+
+class Weighing:
+    """Weights are booleans, or numbers where a batch has none: with sums of different dtypes."""
+
+    def weigh(self, data):
+        some = data["weight"]
+        return some if bool(some.any()) else torch.ones(len(some))
+
+    def __call__(self, model, data):
+        losses = F.cross_entropy(model(data["x"]), data["y"], reduction="none")
+        return losses, torch.where(data["weight"].any(), data["weight"].float(), torch.ones(len(losses)))
+
+
+def a_factor_now_and_then(num, data):
+    """Not in the first batch."""
+    return None if data["y"][0] == blobs(200)[1][0] else {**data, "factor": 2.0 + float(data["y"][1])}
+
+
+def factored(model, data):
+    return F.cross_entropy(model(data["x"]), data["y"], reduction="none") * data.get("factor", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "seen"),
+    [(Weighing(), lambda num, data: None), (factored, a_factor_now_and_then)],
+    ids=["dtype of the weight", "a number in the batch"],
+)
+def test_what_a_batch_brings_beside_tensors_is_no_constant(tmp_path, objective, seen):
+    x, y = blobs(200)
+    weight = ~(np.arange(200) % 40 < 20)
+
+    def losses(name, operations):
+        data = Fetching(seen=seen, x=x, y=y, weight=weight)
+        batch = sf.Batch(20, shuffle=False)
+        changed = recipe(objective=objective, data=data, batch=batch, until=120)
+        sf.fit(changed, out=tmp_path / name, operations=operations)
+        return sf.open_run(tmp_path / name).log()["loss"]
+
+    eager = losses("eager", Operations(compute={"compile": "off"}, progress="off"))
+    np.testing.assert_allclose(losses("compiled", compiled()), eager, rtol=1e-4, atol=1e-6)

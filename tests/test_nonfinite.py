@@ -207,3 +207,52 @@ def test_fp16_doubles_its_scale_after_enough_good_updates():
     again = LossScale(torch.device("cpu"))
     again.load_state_dict(scale.state_dict())
     assert again.state_dict() == scale.state_dict()
+
+
+MOMENTUM = [sf.SGD(lr=0.1, momentum=0.9), sf.AdamW(lr=0.01)]
+
+
+@pytest.mark.parametrize("compiled", ["off", "on"])
+@pytest.mark.parametrize("mode", ["watch", "off"])
+@pytest.mark.parametrize("spec", MOMENTUM, ids=repr)
+def test_what_is_not_finite_does_not_stay_in_momentum_whatever_the_guard(tmp_path, spec, mode, compiled):
+    changed = recipe(
+        data=poisoned(),
+        optimizer=spec,
+        guard=sf.Guard(mode),
+        batch=sf.Batch(16, shuffle=False),
+        until="1ep",
+    )
+    operations = sf.Operations(compute={"compile": compiled}, progress="off")
+    done = sf.fit(changed, out=tmp_path / "run", operations=operations)
+    assert done.status == "finished"
+    assert np.flatnonzero(sf.open_run(tmp_path / "run").log()["permitted"] == 0).tolist() == BAD
+
+
+@pytest.mark.parametrize("compiled", ["off", "on"])
+@pytest.mark.parametrize("spec", MOMENTUM, ids=repr)
+def test_a_transform_that_gives_no_number_once_costs_one_update(tmp_path, spec, compiled):
+    """A gradient of zero, divided by its norm."""
+
+    def normalised(grads, norm):
+        torch._foreach_div_(grads, norm)
+
+    def objective(model, data):
+        x, y, weight = data
+        return F.cross_entropy(model(x), y, reduction="none"), weight
+
+    x, y = blobs(256)
+    weight = np.ones(256, np.float32)
+    weight[80:96] = 0.0  # step 5
+    changed = recipe(
+        data=sf.Arrays(x, y, weight),
+        objective=objective,
+        optimizer=spec,
+        gradient=(normalised,),
+        batch=sf.Batch(16, shuffle=False),
+        until="1ep",
+    )
+    operations = sf.Operations(compute={"compile": compiled}, progress="off")
+    done = sf.fit(changed, out=tmp_path / "run", operations=operations)
+    assert done.status == "finished"
+    assert np.flatnonzero(sf.open_run(tmp_path / "run").log()["permitted"] == 0).tolist() == [5]

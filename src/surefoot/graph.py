@@ -55,7 +55,7 @@ class Graph:
         self._form = _form(batch.data, leaves(batch.data))
         traced = Traced(parts, trained, others, self._update, self._buffers, batch.num_rows)
         self._unchanged = Unchanged(parts.model, [parts.objective, *parts.transforms])
-        self._weighs = isinstance(known_weight(parts, batch), Tensor)
+        self._weight = _kind(known_weight(parts, batch))
         self.suspects = self._has_grads = True
         one = parts.micro >= batch.num_rows
         self._whole = Compiled(traced.whole, cpp_wrapper=cpp_wrapper) if one else None
@@ -142,7 +142,7 @@ class Graph:
 
     def _usual(self, batch: Minibatch, data: list[Any], total: Any) -> bool:
         """Whether the batch is one of those that were compiled for."""
-        same = batch.weights is None and isinstance(total, Tensor) == self._weighs
+        same = batch.weights is None and _kind(total) == self._weight
         return same and _form(batch.data, data) == self._form
 
     def _write(self, loss_bound: float, norm_bound: float, rates: list[float]) -> None:
@@ -184,15 +184,21 @@ class Graph:
         return self._last(last), len(pieces)
 
 
+def _kind(total: Any) -> Any:
+    """Of a batch's weight: nothing if it is a number."""
+    return (total.dtype, total.shape) if isinstance(total, Tensor) else None
+
+
 def _form(tree: Tree, data: list[Any]) -> tuple[Any, ...]:
     """All that what was compiled takes for granted of a batch: its nest, and of its leaves `data`, each of
-    which it gets as one of its own, how they lie in memory.
+    which it gets as one of its own, how they lie in memory. What is no tensor is like nothing else: it
+    would be a constant.
     """
     ids = list(map(id, data))
     return _nest(tree), [
         (leaf.shape, leaf.dtype, leaf.stride(), leaf.requires_grad, ids.index(id(leaf)))
         if isinstance(leaf, Tensor)
-        else type(leaf)
+        else object()
         for leaf in data
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -140,9 +141,16 @@ def _tensor(array: Any, name: int | str) -> Tensor:
             raise DataError(f"Arrays: array {name} is no array: {error}") from None
         if array.dtype.kind not in "biufc":
             raise DataError(f"Arrays: array {name} has dtype {array.dtype}, which is not numeric.")
-        if not array.flags.writeable:  # torch warns; nothing here writes
-            array = array.view() if isinstance(array, np.memmap) else array.copy()
-        tensor = torch.as_tensor(array)
+        if not array.dtype.isnative:
+            raise DataError(
+                f"Arrays: array {name} has the byte order of another machine ({array.dtype}).",
+                fix="array.astype(array.dtype.newbyteorder('='))",
+            )
+        if not array.flags.writeable and not isinstance(array, np.memmap):
+            array = array.copy()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that it is not writable: nothing here writes
+            tensor = torch.as_tensor(array)
     if tensor.ndim == 0:
         raise DataError(f"Arrays: array {name} has no dimension to count samples by.")
     if tensor.device.type != "cpu":

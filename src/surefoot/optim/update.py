@@ -126,8 +126,9 @@ class Updater:
         """Whether a step cannot leave the finite numbers: torch's own optimizer, which divides by nothing
         below its eps, with numbers whose squares and sums are far from overflowing.
         """
-        largest = max(self._size, grad_norm.item()) * max(1.0, self._largest_lr * multiplier)
-        return self.well_known and largest < FAR_FROM_OVERFLOW
+        norm = grad_norm.item()
+        largest = max(self._size, norm) * max(1.0, self._largest_lr * multiplier)
+        return self.well_known and math.isfinite(norm) and largest < FAR_FROM_OVERFLOW
 
     def _new_copies(self) -> tuple[_Flat, _Flat]:
         return _Flat(self.params), _Flat(self.params)

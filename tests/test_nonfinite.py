@@ -213,23 +213,6 @@ MOMENTUM = [sf.SGD(lr=0.1, momentum=0.9), sf.AdamW(lr=0.01)]
 
 
 @pytest.mark.parametrize("compiled", ["off", "on"])
-@pytest.mark.parametrize("mode", ["watch", "off"])
-@pytest.mark.parametrize("spec", MOMENTUM, ids=repr)
-def test_what_is_not_finite_does_not_stay_in_momentum_whatever_the_guard(tmp_path, spec, mode, compiled):
-    changed = recipe(
-        data=poisoned(),
-        optimizer=spec,
-        guard=sf.Guard(mode),
-        batch=sf.Batch(16, shuffle=False),
-        until="1ep",
-    )
-    operations = sf.Operations(compute={"compile": compiled}, progress="off")
-    done = sf.fit(changed, out=tmp_path / "run", operations=operations)
-    assert done.status == "finished"
-    assert np.flatnonzero(sf.open_run(tmp_path / "run").log()["permitted"] == 0).tolist() == BAD
-
-
-@pytest.mark.parametrize("compiled", ["off", "on"])
 @pytest.mark.parametrize("spec", MOMENTUM, ids=repr)
 def test_a_transform_that_gives_no_number_once_costs_one_update(tmp_path, spec, compiled):
     """A gradient of zero, divided by its norm."""

@@ -96,7 +96,12 @@ def train_step(parts: Parts, batch: Minibatch, multiplier: float) -> Attempt:
 
     with phase("update"):
         ratio, applied = parts.updater.apply(
-            permitted, step=step, multiplier=multiplier, base=parts.base_lr, grad_norm=norm
+            permitted,
+            step=step,
+            multiplier=multiplier,
+            base=parts.base_lr,
+            grad_norm=norm,
+            heals=parts.guard.heals,
         )
     parts.buffers.settle(applied, on_host=parts.device.type == "cpu")
     loss_scale = None

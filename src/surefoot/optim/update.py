@@ -78,8 +78,12 @@ class Updater:
         multiplier: float,
         base: list[float],
         grad_norm: Tensor,
+        heals: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """One update, if `permitted` (bool, 0-d), at the rates ``base[group] * multiplier``.
+
+        heals: the guard does. Without it a gradient that is no number stays in what the optimizer keeps, as
+        in a loop without one.
 
         Returns the update ratio (2-norm of the change over 2-norm of the weights before; NaN where it is
         not measured, 0 where the update is refused), and whether the update was applied. On a CPU an update
@@ -90,7 +94,9 @@ class Updater:
         if not self._asks_device and not permitted.item():
             return torch.zeros_like(self._unmeasured), permitted
         measured = step % self._every == 0
-        undo = None if self._asks_device or self._tame(grad_norm, multiplier) else _Undo(self.optimizer)
+        undo = (
+            None if self._asks_device or self._tame(grad_norm, multiplier, heals) else _Undo(self.optimizer)
+        )
         if (
             measured or undo is not None
         ):  # what is seldom used is not kept: it is twice the size of the weights
@@ -122,13 +128,15 @@ class Updater:
         for group, lr in zip(self.optimizer.param_groups, base, strict=True):
             group["lr"] = lr * multiplier
 
-    def _tame(self, grad_norm: Tensor, multiplier: float) -> bool:
+    def _tame(self, grad_norm: Tensor, multiplier: float, heals: bool) -> bool:
         """Whether a step cannot leave the finite numbers: torch's own optimizer, which divides by nothing
         below its eps, with numbers whose squares and sums are far from overflowing.
         """
         norm = grad_norm.item()
+        if not math.isfinite(norm) and heals:
+            return False
         largest = max(self._size, norm) * max(1.0, self._largest_lr * multiplier)
-        return self.well_known and math.isfinite(norm) and largest < FAR_FROM_OVERFLOW
+        return self.well_known and largest < FAR_FROM_OVERFLOW
 
     def _new_copies(self) -> tuple[_Flat, _Flat]:
         return _Flat(self.params), _Flat(self.params)

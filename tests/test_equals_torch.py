@@ -5,9 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import blobs, flat, mlp, recipe
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import surefoot as sf
+from surefoot.optim.direct import sgd_step
+from surefoot.optim.gradients import global_norm
 from surefoot.optim.precision import Precision
 
 UPDATES = 200
@@ -224,3 +228,98 @@ def test_attention_in_half_precision_is_computed_in_single_on_a_cpu(name):
     mine.sum().backward()
     assert q.grad.dtype == precision.dtype
     assert q.grad.abs().sum() > 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {
+                "momentum": st.sampled_from([0.0, 0.9, 0.5]),
+                "weight_decay": st.sampled_from([0.0, 0.0, 0.01]),
+                "dampening": st.sampled_from([0.0, 0.0, 0.3]),
+                "maximize": st.booleans(),
+                "shapes": st.lists(st.sampled_from([(3, 5), (7,), (16, 33), ()]), min_size=1, max_size=3),
+            }
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    # Torch's fused step refuses gaps, and is wrong in half precision.
+    st.sampled_from(
+        [
+            ({"foreach": True}, torch.float32, True),
+            ({"foreach": True}, torch.float32, False),
+            ({"foreach": True}, torch.bfloat16, True),
+            ({"fused": True}, torch.float32, False),
+            ({"fused": True}, torch.float64, False),
+            ({}, torch.float32, True),
+        ]
+    ),
+    st.integers(0, 2**31),
+)
+def test_the_direct_step_has_the_bits_of_torchs_class(groups, kind, seed):
+    how, dtype, gaps = kind
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    ours, theirs = [], []
+    for group in groups:
+        options = {k: v for k, v in group.items() if k != "shapes"}
+        values = [random(shape) for shape in group["shapes"]]
+        ours.append({"params": [nn.Parameter(v.clone()) for v in values], **options})
+        theirs.append({"params": [nn.Parameter(v.clone()) for v in values], **options})
+    direct, torchs = (torch.optim.SGD(side, lr=0.1, **how) for side in (ours, theirs))
+    pairs = [
+        (p, q)
+        for a, b in zip(ours, theirs, strict=True)
+        for p, q in zip(a["params"], b["params"], strict=True)
+    ]
+    taken = []
+    for _ in range(4):
+        for p, q in pairs:
+            p.grad = None if gaps and torch.rand((), generator=generator) < 0.3 else random(p.shape)
+            q.grad = None if p.grad is None else p.grad.clone()
+        taken.append(sgd_step(direct))
+        if not taken[-1]:
+            direct.step()
+        torchs.step()
+        for p, q in pairs:
+            assert torch.equal(p, q)
+            kept, like = direct.state[p].get("momentum_buffer"), torchs.state[q].get("momentum_buffer")
+            assert (kept is None) == (like is None)
+            assert kept is None or torch.equal(kept, like)
+    plain = not any(g["weight_decay"] or g["dampening"] or g["maximize"] for g in groups)
+    assert any(taken) <= (dtype == torch.float32 and how != {})
+    if plain and how and dtype == torch.float32 and not gaps:
+        assert all(taken[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@settings(max_examples=200, deadline=None)
+@given(
+    size=st.floats(0, 1e30) | st.sampled_from([0.0, 1e-30, 1.0, 3e38, float("inf"), float("nan")]),
+    most=st.floats(1e-30, 1e38) | st.sampled_from([0.5, 1.0, 1e39, 1e300]),
+    seed=st.integers(0, 2**31),
+)
+def test_clipping_has_the_bits_of_torchs(dtype, size, most, seed):
+    generator = torch.Generator().manual_seed(seed)
+    model = mlp()
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+        p.grad = (torch.randn(p.shape, generator=generator) * size).to(dtype)
+    ours = [p.grad.clone() for p in model.parameters()]
+    sf.clip_norm(most)(ours, global_norm(ours))
+    torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+    for mine, p in zip(ours, model.parameters(), strict=True):
+        assert torch.equal(mine.view(torch.uint8), p.grad.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_torchs_fused_sgd_is_refused_where_it_is_wrong(dtype):
+    groups = [{"params": [nn.Parameter(torch.ones(3, dtype=dtype))]}]
+    with pytest.raises(sf.RecipeError, match=r"SGD\(fused=True\) over b?float16 weights on a CPU"):
+        sf.SGD(lr=0.1, fused=True).build(groups)
+    sf.SGD(lr=0.1).build(groups)

@@ -6,7 +6,6 @@ numbers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -70,7 +69,7 @@ class RunState:
 
     def snapshot(self) -> Snapshot:
         """The whole state. Tensors are not copied: copy or write it before the next step."""
-        model: dict[str, Tensor] = {}
+        model, metrics = dict[str, Tensor](), dict(self.metrics)
         aliases: dict[str, str] = {}
         extra: dict[str, Any] = {}
         beside: dict[str, Tensor] = {}
@@ -89,7 +88,7 @@ class RunState:
             beside[f"{_TRANSIENT}{name}"] = value
         optimizer: dict[str, Tensor] = {}
         facts = {
-            "counters": {name: getattr(self, name) for name in self.COUNTERS},
+            "counters": {name: getattr(self, name) for name in self.COUNTERS} | {"metrics": metrics},
             "ledger": self.ledger.value,
             "aliases": aliases,
             "extra": extra,
@@ -111,10 +110,10 @@ class RunState:
         return Snapshot(
             {**{n: t for n, t in model.items() if n in changing}, **beside},
             optimizer,
-            json.loads(json.dumps(facts)),  # counters and metrics go on changing
+            facts,
             frozen={n: t for n, t in model.items() if n not in changing},
             finite=frozenset(trained),
-            metrics=dict(self.metrics),
+            metrics=metrics,
             more=more,
         )
 

@@ -104,27 +104,35 @@ class Review:
     def _block(self, step: int, bears: bool) -> Alarm | None:
         """Looks at the losses of some updates that were applied."""
         losses, self.waiting = self.waiting, []
-        for loss in losses:
-            self._take_up(loss, bears)
+        self._take_up(losses, bears)
         if self.num_above >= _LEVEL_STEPS:
             now = f"the loss, {self.level:.4g} over the last steps, was {self.best:.4g} at its best"
             return Alarm("D3", step, max(0, step - self.num_above), now)
         self.losses.append(statistics.median(losses))
         return None if bears else self._collapse(step)
 
-    def _take_up(self, loss: float, bears: bool) -> None:
+    def _take_up(self, losses: Sequence[float], bears: bool) -> None:
         """D3: has the loss left its best level for good?"""
         if math.isnan(self.level):
-            self.first = self.level = loss
-        residual = loss - self.level
-        self.level += (1 - _LEVEL_KEEPS) * residual
-        self.spread = _SPREAD_KEEPS * self.spread + (1 - _SPREAD_KEEPS) * residual * residual
-        if self.age <= BURN_IN:
-            return
-        if self.level < self.best:
-            self.best, self.best_spread = self.level, math.sqrt(self.spread)
-        most = self.best + max(4 * self.best_spread, 0.5 * abs(self.best), 0.1 * abs(self.first))
-        self.num_above = self.num_above + 1 if self.level > most and not bears else 0
+            self.first = self.level = losses[0]
+        level, spread, best, above = self.level, self.spread, self.best, self.num_above
+        far, counts, is_old = self._far(), not bears, self.age > BURN_IN
+        for loss in losses:
+            residual = loss - level
+            level += (1 - _LEVEL_KEEPS) * residual
+            spread = _SPREAD_KEEPS * spread + (1 - _SPREAD_KEEPS) * residual * residual
+            if not is_old:
+                continue
+            if level < best:
+                best = self.best = level
+                self.best_spread = math.sqrt(spread)
+                far = self._far()
+            above = above + 1 if level > far and counts else 0
+        self.level, self.spread, self.num_above = level, spread, above
+
+    def _far(self) -> float:
+        """Above this the loss has left its best level."""
+        return self.best + max(4 * self.best_spread, 0.5 * abs(self.best), 0.1 * abs(self.first))
 
     def _collapse(self, step: int) -> Alarm | None:
         """D6: after many updates the loss is about what it was before the first. Such runs are calm: no
@@ -148,7 +156,8 @@ class Review:
     def state_dict(self) -> dict[str, Any]:
         """JSON."""
         return {
-            name: list(value) if isinstance(value, deque) else value for name, value in vars(self).items()
+            name: list(value) if isinstance(value, (deque, list)) else value
+            for name, value in vars(self).items()
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

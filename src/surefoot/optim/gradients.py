@@ -7,11 +7,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from surefoot.errors import RecipeError
 from surefoot.types import check_fields
+
+_ONE, _LITTLE = np.float32(1.0), np.float32(1e-6)
+_LARGE = 1e30
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -42,13 +46,23 @@ class ClipNorm:
 
     def __call__(self, grads: Sequence[Tensor], norm: Tensor) -> Tensor:
         """Clips `grads` in place; returns the norm after it."""
-        factor = self.max_norm / (norm + 1e-6)
-        if norm.device.type != "cpu" or torch.compiler.is_compiling():
-            factor = factor.clamp(max=1.0)
-        elif factor.item() >= 1.0:
-            return norm
+        if not norm.is_cpu or torch.compiler.is_compiling():
+            factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        else:
+            factor = self._factor(norm)
+            if factor.item() >= 1.0:
+                return norm
         torch._foreach_mul_(list(grads), factor)
         return norm * factor
+
+    def _factor(self, norm: Tensor) -> Tensor:
+        """``max_norm / (norm + 1e-6)`` as torch rounds it, which multiplies by the reciprocal; in numpy's
+        numbers, where they will do: that takes a third of the time.
+        """
+        if norm.dtype != torch.float32 or self.max_norm > _LARGE:
+            return self.max_norm / (norm + 1e-6)
+        factor = _ONE / (np.float32(norm.item()) + _LITTLE) * np.float32(self.max_norm)
+        return torch.scalar_tensor(factor, dtype=torch.float32)
 
 
 @dataclass(frozen=True, slots=True)

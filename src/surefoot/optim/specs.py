@@ -146,6 +146,7 @@ class Adafactor:
         return torch.optim.Adafactor(groups, **_options(self, groups))
 
 
+_HALF = (torch.bfloat16, torch.float16)
 _SMALL = 1 << 20
 
 
@@ -158,6 +159,13 @@ def _options(spec: Any, groups: Groups) -> dict[str, Any]:
     """
     options = {k: v for k, v in asdict(spec).items() if not (k == "fused" and not v)}
     params = [p for group in groups for p in group["params"]]
+    wrong = [p for p in params if p.dtype in _HALF and p.device.type == "cpu"]
+    if wrong and isinstance(spec, SGD) and spec.fused:
+        raise RecipeError(
+            f"optimizer: SGD(fused=True) over {str(wrong[0].dtype).removeprefix('torch.')} weights on a CPU.",
+            why="Torch's fused kernel computes something else there, and not just to rounding.",
+            fix="Leave fused out, or keep the weights in float32.",
+        )
     small = sum(p.numel() for p in params) <= _SMALL and params[0].device.type == "cpu"
     if small and isinstance(spec, SGD | Adam | AdamW | RMSprop) and "fused" not in options:
         options["foreach"] = True

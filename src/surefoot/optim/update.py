@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from surefoot.optim.direct import sgd_step
 from surefoot.optim.gradients import global_norm
 
 _WELL_KNOWN = {
@@ -97,16 +98,14 @@ class Updater:
         undo = (
             None if self._asks_device or self._tame(grad_norm, multiplier, heals) else _Undo(self.optimizer)
         )
-        if (
-            measured or undo is not None
-        ):  # what is seldom used is not kept: it is twice the size of the weights
+        if measured or undo is not None:  # what is seldom used is not kept: it is twice the weights' size
             before, change = self._copies or self._new_copies()
             before.take(self.params)
         if self._asks_device:
             self.optimizer.found_inf = (~permitted).float()  # type: ignore[attr-defined]
         if self._unmarked_step is None or torch._C._autograd._profiler_enabled():
             self.optimizer.step()
-        else:
+        elif self._asks_device or not sgd_step(self.optimizer):
             self._unmarked_step(self.optimizer)
         if not measured and undo is None:
             return self._unmeasured, permitted

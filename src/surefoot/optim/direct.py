@@ -5,10 +5,10 @@ that takes longer than the operations do.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-Lists = tuple[list[nn.Parameter], list[Tensor], list[Tensor]]
+Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
 def sgd_step(optimizer: Optimizer) -> bool:
@@ -46,9 +46,9 @@ def sgd_step(optimizer: Optimizer) -> bool:
     return True
 
 
-def _lists(optimizer: Optimizer, params: list[nn.Parameter], *, has_momentum: bool) -> Lists | None:
+def _lists(optimizer: Optimizer, params: list[Tensor], *, has_momentum: bool) -> Lists | None:
     """The parameters that have a gradient, these, and their momentum, if there is any."""
-    moved, grads, buffers = [], list[Tensor](), list[Tensor]()
+    moved, grads, buffers = list[Tensor](), list[Tensor](), list[Tensor]()
     state = optimizer.state
     for p in params:
         grad = p.grad

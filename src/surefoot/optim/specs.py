@@ -161,8 +161,9 @@ def _options(spec: Any, groups: Groups) -> dict[str, Any]:
     params = [p for group in groups for p in group["params"]]
     wrong = [p for p in params if p.dtype in _HALF and p.device.type == "cpu"]
     if wrong and isinstance(spec, SGD) and spec.fused:
+        dtype = str(wrong[0].dtype).removeprefix("torch.")
         raise RecipeError(
-            f"optimizer: SGD(fused=True) over {str(wrong[0].dtype).removeprefix('torch.')} weights on a CPU.",
+            f"optimizer: SGD(fused=True) over {dtype} weights on a CPU.",
             why="Torch's fused kernel computes something else there, and not just to rounding.",
             fix="Leave fused out, or keep the weights in float32.",
         )

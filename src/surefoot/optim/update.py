@@ -142,7 +142,7 @@ class Updater:
 
     def finite(self) -> bool:
         """Whether all weights are."""
-        return bool(torch.isfinite(global_norm(self.params)).item())
+        return math.isfinite(global_norm(self.params).item())
 
 
 def _unmarked_step(optimizer: Optimizer) -> Callable[[Optimizer], Any] | None:

@@ -299,7 +299,7 @@ def look_at_layers(course: Course, attempt: Attempt) -> None:
     """Tells of layers whose gradient, in the update just taken, vanishes or explodes."""
     names = {id(p): name for name, p in course.parts.model.named_parameters()}
     norms = zip(attempt.trained, attempt.norms.tolist(), strict=True)
-    rms = {names[id(p)]: norm / math.sqrt(p.numel()) for p, norm in norms if p.ndim > 1}
+    rms = {names[id(p)]: n / math.sqrt(p.numel()) for p, n in norms if p.ndim > 1 and id(p) in names}
     for sick in course.parts.guard.layers.look(list(rms), list(rms.values())):
         course.told.event("layer", step=course.state.step, **sick._asdict())
 

@@ -162,7 +162,14 @@ class RunState:
     def _names(self) -> list[str]:
         """Parameter names in the order in which the optimizer numbers them."""
         names = {id(p): name for name, p in self.model.named_parameters()}
-        return [names[id(p)] for g in self.optimizer.param_groups for p in g["params"]]
+        params = [p for g in self.optimizer.param_groups for p in g["params"]]
+        if any(id(p) not in names for p in params):
+            raise StateError(
+                "a parameter that is trained is no longer the model's.",
+                why="Something put another in its place while the run went on: that one is not trained.",
+                fix="Change parameters in place, under torch.no_grad(): weight.copy_(new).",
+            )
+        return [names[id(p)] for p in params]
 
     def _optimizer_state(self) -> dict[str, Any]:
         state, names = self.optimizer.state_dict(), self._names()

@@ -207,6 +207,7 @@ def _backward(
 ) -> Tensor:
     """The backward pass of `share_of`; what that gives, without a graph."""
     if _is_mean(losses, weights, total) and type(losses) is Tensor:
+        loss = torch.mean(losses.detach())  # before it: a backward pass may reuse its memory
         each = torch.full_like(losses, 1.0 / len(losses))
         if scale is not None:
             each = each * scale
@@ -215,7 +216,7 @@ def _backward(
         Variable._execution_engine.run_backward(
             (losses,), (each,), False, False, (), allow_unreachable=True, accumulate_grad=True
         )
-        return losses.detach().sum() / len(losses)
+        return loss
     share = share_of(losses, weights, total)
     (share if scale is None else share * scale).backward()  # type: ignore[no-untyped-call]
     return share.detach()

@@ -62,7 +62,7 @@ class ClipNorm:
         if norm.dtype != torch.float32 or self.max_norm > _LARGE:
             return self.max_norm / (norm + 1e-6)
         factor = _ONE / (np.float32(norm.item()) + _LITTLE) * np.float32(self.max_norm)
-        return torch.scalar_tensor(float(factor), dtype=torch.float32)
+        return torch.tensor(float(factor), dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,7 +103,7 @@ class Updater:
             before.take(self.params)
         if self._asks_device:
             self.optimizer.found_inf = (~permitted).float()  # type: ignore[attr-defined]
-        if self._unmarked_step is None or torch._C._autograd._profiler_enabled():
+        if self._unmarked_step is None or _is_hooked(self.optimizer):
             self.optimizer.step()
         elif self._asks_device or not sgd_step(self.optimizer):
             self._unmarked_step(self.optimizer)
@@ -146,19 +146,27 @@ class Updater:
 
 
 def _unmarked_step(optimizer: Optimizer) -> Callable[[Optimizer], Any] | None:
-    """The step of one of torch's own optimizers that nobody hooked into, without the mark that torch makes
-    for its profiler: 5 % of the step of a small network.
+    """The step of one of torch's own optimizers, without the mark that torch makes for its profiler: 5 % of
+    the step of a small network.
     """
-    hooked = (
+    marked = type(optimizer).step
+    if type(optimizer) not in _WELL_KNOWN:
+        return None
+    return getattr(marked, "__wrapped__", None) if getattr(marked, "hooked", False) else None
+
+
+def _is_hooked(optimizer: Optimizer) -> bool:
+    """Whether somebody is to be told of a step: by a hook, which the caller may add at any time, a wrapper,
+    or torch's profiler.
+    """
+    return bool(
         optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks
+        or "step" in vars(optimizer)
+        or torch._C._autograd._profiler_enabled()
     )
-    marked = type(optimizer).step
-    if type(optimizer) not in _WELL_KNOWN or hooked or "step" in vars(optimizer):
-        return None
-    return getattr(marked, "__wrapped__", None) if getattr(marked, "hooked", False) else None
 
 
 class _Undo:

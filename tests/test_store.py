@@ -8,10 +8,11 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import deque
 
 import pytest
 import torch
-from conftest import recipe
+from conftest import blobs, recipe
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -23,7 +24,9 @@ from surefoot.checkpoint.retention import Retention
 from surefoot.checkpoint.snapshot import Snapshot, is_finite
 from surefoot.checkpoint.store import DirectoryStore
 from surefoot.checkpoint.tensors import flatten, unflatten
+from surefoot.course import Label, Silence, run_validation, settle, update, validation_due
 from surefoot.errors import StateError
+from surefoot.prepare import prepare
 
 
 def snapshot(value=1.0):
@@ -272,3 +275,22 @@ def test_what_is_not_finite_is_found_in_every_dtype(dtype, numbers, strided):
         expected = bool(torch.isfinite(tensor.float()).all())
     assert is_finite(Snapshot({"w": tensor}, {}, {}, finite=frozenset({"w"}))) == expected
     assert is_finite(Snapshot({"mask": tensor}, {}, {}))
+
+
+def test_a_snapshot_shares_nothing_with_the_run_that_goes_on():
+    """It is written in the background, and gone back to."""
+    changes = {"until": 200, "validation": sf.Validation(sf.Arrays(*blobs(64)), every=20)}
+    made = prepare(recipe(**changes), sf.Operations(compute={"compile": "off"}))
+    feed = made.feed(lambda kind, **facts: None)
+    course = made.course(feed, None, Silence(), deque(maxlen=1))
+    kept = []
+    for batch in feed.batches(0, 200):
+        label = Label(batch.slots, course.state.samples, 0.1, 1, 0.0, 0.0, 0.0)
+        settle(course, label, update(course, batch)[2])
+        if validation_due(course):
+            run_validation(course)
+        if course.state.step % 15 == 0:
+            facts = course.state.snapshot().facts
+            kept.append((facts, json.dumps(facts)))
+    assert [json.dumps(facts) for facts, _ in kept] == [then for _, then in kept]
+    assert len({then for _, then in kept}) == len(kept) == 13

@@ -68,7 +68,9 @@ class RunState:
     )
 
     def snapshot(self) -> Snapshot:
-        """The whole state. Tensors are not copied: copy or write it before the next step."""
+        """The whole state. Tensors are not copied: copy or write it before the next step. All else is:
+        it is written while the run goes on.
+        """
         model, metrics = dict[str, Tensor](), dict(self.metrics)
         aliases: dict[str, str] = {}
         extra: dict[str, Any] = {}

@@ -134,26 +134,25 @@ def take_up_numbers(seen: Statistics, losses: Sequence[float], norms: Sequence[f
     """
     (log_mean, mean), (log_var, var), first = seen.mean.tolist(), seen.var.tolist(), float(seen.first)
     most_log, most = (_WINSOR * deviation for deviation in _deviations_in_numbers(seen))
-    if not math.isfinite(sum(losses) + sum(norms)):
-        both = [x for x in zip(losses, norms, strict=True) if math.isfinite(x[0]) and math.isfinite(x[1])]
-        losses, norms = [loss for loss, _ in both], [norm for _, norm in both]
-    logs = [math.log(norm) - log_mean if norm > _TINY else math.log(_TINY) - log_mean for norm in norms]
-    log_sum, log_squares = _winsorised(logs, most_log)
-    total, squares = _winsorised([loss - mean for loss in losses], most)
-    share, of_each = (1 - _KEEP) * len(losses) / BLOCK, (1 - _KEEP) / BLOCK
+    num, log_sum, log_squares, total, squares = 0, 0.0, 0.0, 0.0, 0.0
+    for loss, norm in zip(losses, norms, strict=True):
+        if math.isfinite(loss) and math.isfinite(norm):
+            num += 1
+            d = math.log(norm if norm > _TINY else _TINY) - log_mean
+            d = most_log if d > most_log else -most_log if d < -most_log else d
+            log_sum += d
+            log_squares += d * d
+            d = loss - mean
+            d = most if d > most else -most if d < -most else d
+            total += d
+            squares += d * d
+    share, of_each = (1 - _KEEP) * num / BLOCK, (1 - _KEEP) / BLOCK
     spread = of_each * _INFLATION
     return Statistics(
         np.array((log_mean + of_each * log_sum, mean + of_each * total)),
         np.array(((1 - share) * log_var + spread * log_squares, (1 - share) * var + spread * squares)),
         first,
     )
-
-
-def _winsorised(d: list[float], most: float) -> tuple[float, float]:
-    """The sum of distances, and that of their squares; those beyond `most` count as that."""
-    if d and (max(d) > most or min(d) < -most):
-        d = [min(max(x, -most), most) for x in d]
-    return sum(d), sum([x * x for x in d])
 
 
 def begin(xp: Any, values: Any) -> Statistics:

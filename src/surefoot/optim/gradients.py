@@ -16,6 +16,7 @@ from surefoot.types import check_fields
 
 _ONE, _LITTLE = np.float32(1.0), np.float32(1e-6)
 _LARGE = 1e30
+"""Beyond it a product may overflow, of which numpy warns."""
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, blobs, recipe, surefoot, surefoot_process
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scenarios import SCENARIOS, _mislabel, base, mixture, play, spoiling
 from test_kill import newest_step
@@ -49,6 +49,7 @@ numbers = st.one_of(
     st.lists(st.tuples(numbers, numbers.map(abs)), min_size=1, max_size=100),
     st.sampled_from(["heal", "watch"]),
 )
+@example([(1.0, 1.0)] * 37 + [(1.0, 8.0)], "heal")
 def test_a_device_decides_as_a_host_does(rows, mode):
     """What runs on a GPU, run on the CPU."""
     here, there = (sf.Guard(mode).build(torch.device("cpu")) for _ in range(2))

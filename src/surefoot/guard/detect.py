@@ -119,7 +119,7 @@ def calm_below(seen: Statistics, *, early: bool = False) -> tuple[float, float]:
 def take_up(xp: Any, seen: Statistics, values: Any) -> Statistics:
     """The statistics with more steps: losses and norms, float64[2, n]; of those that are finite."""
     finite = xp.isfinite(values).all(0)
-    num = finite.sum()
+    num = xp.where(finite, xp.ones_like(values[0]), 0.0).sum()  # a count times a number is float32
     share, of_each = (1 - _KEEP) * num / BLOCK, (1 - _KEEP) / BLOCK
     most = _WINSOR * _deviations(xp, seen)[:, None]
     d = xp.where(finite, _watched(xp, values) - seen.mean[:, None], 0.0)

@@ -21,6 +21,7 @@ LEVELS = [
     {"graph"},
     {"heal", "choice"},
     {"course"},
+    {"calm"},
     {"train"},
     {"recipe", "operations", "identity", "environment", "model"},
     {"mending"},

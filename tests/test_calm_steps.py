@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import blobs, mlp, recipe
 
 import surefoot as sf
-from surefoot import train
+from surefoot import calm
 from surefoot.api import run_steps
 from surefoot.build import build
 from surefoot.guard.detect import FINE, NOT_FINITE
@@ -131,14 +131,14 @@ def test_no_row_waits_while_a_source_makes_a_batch(tmp_path):
 
 def counted(built, monkeypatch):
     """How many steps were taken as calm ones."""
-    settle, num = train.settle_calm, [0]
+    settle, num = calm.settle_calm, [0]
 
-    def counting(run, taken):
+    def counting(run, taken, alarm):
         num[0] += len(taken)
-        return settle(run, taken)
+        return settle(run, taken, alarm)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "settle_calm", counting)
+        patch.setattr(calm, "settle_calm", counting)
         for _ in run_steps(built):
             pass
     return num[0]
@@ -163,13 +163,13 @@ def test_a_profile_ends_with_its_steps(tmp_path, monkeypatch):
 
 
 def test_the_optimizer_has_the_rate_of_the_last_step(tmp_path, monkeypatch):
-    settle = train.settle_calm
+    settle = calm.settle_calm
 
-    def stopped(run, taken):
+    def stopped(run, taken, alarm):
         run.stop.reason = "SIGTERM"
-        return settle(run, taken)
+        return settle(run, taken, alarm)
 
-    monkeypatch.setattr(train, "settle_calm", stopped)
+    monkeypatch.setattr(calm, "settle_calm", stopped)
     built = build(recipe(schedule=sf.linear(), until=600), RunFolder(tmp_path / "run"), compiled())
     for _ in run_steps(built):
         pass

@@ -13,7 +13,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch.utils.checkpoint import checkpoint
 
 import surefoot as sf
-from surefoot import course, train
+from surefoot import calm, course, train
 from surefoot.api import result, run_steps
 from surefoot.build import build
 from surefoot.compiled import Compiled
@@ -238,12 +238,14 @@ def test_the_guard_decides_alike_and_a_healed_run_is_alike_to_the_bit(tmp_path):
 def test_nearly_all_steps_are_compiled_and_most_of_them_settled_together(tmp_path, monkeypatch):
     built = build(recipe(until=1000), RunFolder(tmp_path / "run"), Operations(compute={"compile": "on"}))
     eager, together = [], []
-    step_by_step, settle = course.train_step, train.settle_calm
+    step_by_step, settle = course.train_step, calm.settle_calm
     monkeypatch.setattr(
         course, "train_step", lambda *of: eager.append(of[1].slots.step) or step_by_step(*of)
     )
     monkeypatch.setattr(
-        train, "settle_calm", lambda run, taken: together.append(len(taken)) or settle(run, taken)
+        calm,
+        "settle_calm",
+        lambda run, taken, alarm: together.append(len(taken)) or settle(run, taken, alarm),
     )
     ordinary = [outcome.step for outcome in run_steps(built)]
     assert eager == [0]
@@ -256,7 +258,7 @@ def calmly(changed, out, monkeypatch, *, calm, **operations):
     """A compiled run, with or without calm steps; what it tells besides times."""
     with monkeypatch.context() as patch:
         if not calm:
-            patch.setattr(train.Run, "calm", lambda self, until: (0, None))
+            patch.setattr(train.Run, "undisturbed", lambda self, until: 0)
         done, built = run(changed, out, Operations(compute={"compile": "on"}, progress="off", **operations))
     view, log = sf.open_run(out), sf.open_run(out).log()
     timed = ("data_wait_s", "step_s", "wall_s", "cost", "time_s")
@@ -331,14 +333,14 @@ def test_a_run_that_is_continued_where_all_is_checked_goes_on_with_what_was_kept
 
 
 def test_a_stop_is_heeded_after_calm_steps_without_waiting_for_a_batch(tmp_path, monkeypatch):
-    settle, last = train.settle_calm, []
+    settle, last = calm.settle_calm, []
 
-    def asked(run, taken):
+    def asked(run, taken, alarm):
         run.stop.reason = "SIGTERM"
         last.append(taken[-1][0].slots.step)
-        return settle(run, taken)
+        return settle(run, taken, alarm)
 
-    monkeypatch.setattr(train, "settle_calm", asked)
+    monkeypatch.setattr(calm, "settle_calm", asked)
     done, _ = run(recipe(until=700), tmp_path / "run", Operations(compute={"compile": "on"}))
     assert (done.status, done.reason) == ("preempted", "SIGTERM")
     assert last == [done.step - 1]

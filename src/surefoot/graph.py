@@ -26,7 +26,7 @@ from surefoot.types import Minibatch, Tree, leaves
 _YES = torch.tensor(True)
 CHECK_EVERY = 400
 
-Take = Callable[[Minibatch, float], "list[float] | None"]
+Take = Callable[[Minibatch, float, tuple[float, float]], "list[float] | None"]
 
 
 class Graph:
@@ -113,9 +113,10 @@ class Graph:
             self._trained, norms,
         )  # fmt: skip
 
-    def calm(self, step: int) -> tuple[int, Take | None]:
+    def direct(self, step: int) -> tuple[int, Take | None]:
         """How many steps from `step` on need no look at anything but their batch and what comes out; and
-        what takes one of them at a multiplier: its numbers, or None, with nothing changed, if unusual.
+        what takes one of them at a multiplier and within the guard's bounds for loss and norm: its numbers,
+        or None, with nothing changed, if it is unusual.
         """
         parts, whole = self._parts, self._whole
         if (
@@ -124,21 +125,19 @@ class Graph:
             or step == 0 or self._update.slots() is not self._fixed_of
         ):  # fmt: skip
             return 0, None
-        most = min(parts.guard.calm_for(step), self.check_every - 1 - step % self.check_every)
-        loss_bound, norm_bound = parts.guard.lets_pass(step)
         buffers, base_lr = parts.buffers.live(self._buffers), parts.base_lr
 
-        def take(batch: Minibatch, multiplier: float) -> list[float] | None:
+        def take(batch: Minibatch, multiplier: float, bounds: tuple[float, float]) -> list[float] | None:
             data, total = leaves(batch.data), known_weight(parts, batch)
             if not self._usual(batch, data, total):
                 return None
-            self._write(loss_bound, norm_bound, [lr * multiplier for lr in base_lr])
+            self._write(*bounds, [lr * multiplier for lr in base_lr])
             if self._draws:
                 torch.default_generator.manual_seed(word(word(parts.draws, batch.slots.step), 0))
             numbers: list[float] = whole.again([*data, *buffers, total, None])[0].tolist()
             return numbers if numbers[3] else None
 
-        return most, take
+        return self.check_every - 1 - step % self.check_every, take
 
     def _usual(self, batch: Minibatch, data: list[Any], total: Any) -> bool:
         """Whether the batch is one of those that were compiled for."""

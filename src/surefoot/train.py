@@ -11,29 +11,26 @@ import threading
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from surefoot.calm import Clock, calm_steps, next_batch
 from surefoot.checkpoint.tensors import safetensors_chunks
 from surefoot.course import (
     Course,
-    Label,
     callers_generators,
     first_failure,
     look_at_layers,
     replay,
     run_validation,
     settle,
-    settle_calm,
-    to_be_taken,
     update,
     validation_due,
 )
 from surefoot.errors import StateError, SurefootError, failure_class
-from surefoot.graph import Take
 from surefoot.guard.guard import Stop
 from surefoot.guard.hang import HangWatch
 from surefoot.guard.review import Alarm
@@ -41,13 +38,11 @@ from surefoot.heal import EVERY, Row, StopAskedError
 from surefoot.keep import Keeper
 from surefoot.measure.profile import Profile, phase
 from surefoot.record.recorder import Recorder
-from surefoot.stopping import Budget, NoLongerWaiting, StopRequest, signals_ask
-from surefoot.types import Minibatch, Outcome, Slots, leaves
+from surefoot.stopping import Budget, NoLongerWaiting, signals_ask
+from surefoot.types import Minibatch, Outcome, leaves
 
 _LEAVE_S = 10.0
 """How long a process that has lost the run waits for its writer to notice."""
-_CALM_S = 0.05
-"""How long calm steps may follow one another, their rows waiting, before an ordinary one."""
 
 
 @dataclass(kw_only=True)
@@ -70,19 +65,16 @@ class Run(Course):
     profile: Profile | None = None
     status: str = "running"
 
-    def calm(self, until: int) -> tuple[int, Take | None]:
-        """As `Graph.calm`, for steps after which nothing is due, before the one that ends at `until`; and
-        only if batches are at hand, since rows wait meanwhile.
+    def undisturbed(self, until: int) -> int:
+        """How many compiled steps nothing is due after, before the one that ends at `until`; none unless
+        their batches are at hand, since rows wait meanwhile.
         """
-        step, graph = self.state.step, self.graph
-        if graph is None or self.state.eager_from is not None or self.before or self.profile is not None:
-            return 0, None
-        if not self.feed.at_hand:
-            return 0, None
-        most, take = graph.calm(step)
+        step = self.state.step
+        compiled = self.graph is not None and self.state.eager_from is None
+        if not compiled or self.before or self.profile is not None or not self.feed.at_hand:
+            return 0
         kept, limit = self.keeper.due_step or self.total, self.budget.updates or self.total
-        ends = min(until, kept, limit, self.total, (step // EVERY + 1) * EVERY)
-        return min(most, ends - 1 - step), take
+        return min(until, kept, limit, self.total, (step // EVERY + 1) * EVERY) - 1 - step
 
 
 def steps(run: Run) -> Generator[Outcome, None, None]:
@@ -135,7 +127,7 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
     """Updates until the run ends, or, with an empty status, until the guard's alarm."""
     state, parts, record = run.state, run.parts, run.record
     next_validation = run.validate.after(state.step) if run.validate else run.total + 1
-    keeper, clock, begun = run.keeper, _Clock(), time.perf_counter()
+    keeper, clock, begun = run.keeper, Clock(), time.perf_counter()
     while state.step < run.total and not state.stopped_early:
         if parts.strategy.agree(run.stop()):
             return "preempted"
@@ -148,20 +140,22 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
         if run.profile is not None:
             _tell_profile(run, run.profile.before(state.step))
         try:
-            num_taken, batch, alarm = _calm_steps(run, batches, clock, until=next_validation)
-            if alarm is not None:
-                parts.guard.pending = alarm
-                return ""
-            if batch is None and num_taken:
-                continue
+            batch = None
+            if clock.boundary < clock.calm_until and (most := run.undisturbed(next_validation)) > 0:
+                num_taken, batch, alarm = calm_steps(run, batches, clock, most=most)
+                if alarm is not None:
+                    parts.guard.pending = alarm
+                    return ""
+                if batch is None and num_taken:
+                    continue
             if batch is None:
-                batch = _wait_for(batches, run.stop, clock)
+                batch = next_batch(batches, run.stop, clock)
         except NoLongerWaiting:
             return "preempted"
         batch, multiplier, attempt = update(run, batch)
         slots = batch.slots
         label = clock.label(run, slots, multiplier, attempt.num_micro)
-        clock.calm_until = clock.boundary + _CALM_S
+        clock.ordinary_step_ended()
         with phase("row"):
             verdict = settle(run, label, attempt)
         outcome = Outcome(
@@ -206,58 +200,6 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
                 keeper.keep()
             clock.boundary = time.perf_counter()
     return "stopped_early" if state.stopped_early else "finished"
-
-
-def _calm_steps(
-    run: Run, batches: Iterator[Minibatch], clock: _Clock, *, until: int
-) -> tuple[int, Minibatch | None, Alarm | None]:
-    """Takes compiled steps that are certain to be calm, and settles them together, which saves most of what
-    a small step costs beside its arithmetic. How many; the batch after them, if it turned out to be an
-    unusual one; and the guard's alarm, if there is one.
-
-    until: after which step something is due: the step that gets there is not among them.
-    """
-    state, taken = run.state, list[tuple[Label, list[float], float]]()
-    batch, alarm, multiplier = None, None, 0.0
-    most, take = run.calm(until) if clock.boundary < clock.calm_until else (0, None)
-    try:
-        while take is not None and len(taken) < most and clock.boundary < clock.calm_until:
-            batch = _wait_for(batches, run.stop, clock)
-            without_holes, multiplier = to_be_taken(run, batch)
-            with phase("compiled step"):
-                numbers = take(without_holes, multiplier)
-            if numbers is None:
-                break
-            state.step += 1
-            state.samples += batch.slots.num_samples
-            taken.append((clock.label(run, batch.slots, multiplier, 1), numbers, time.time()))
-            batch = None
-    finally:
-        if taken:
-            run.parts.updater.set_rates(multiplier, run.parts.base_lr)
-            alarm = settle_calm(run, taken)
-    return len(taken), batch, alarm
-
-
-@dataclass(slots=True)
-class _Clock:
-    """Seconds of a step and between rows. boundary: when the step began. waited_s: for its batch.
-    calm_until: when the next ordinary step is due.
-    """
-
-    boundary: float = field(default_factory=time.perf_counter)
-    row_before: float = field(default_factory=time.perf_counter)
-    waited_s: float = 0.0
-    calm_until: float = 0.0
-
-    def label(self, run: Run, slots: Slots, multiplier: float, num_micro: int) -> Label:
-        """What is known of the row of a step that has just ended; the next begins."""
-        now = time.perf_counter()
-        step_s, wall_s = now - self.boundary, now - self.row_before
-        run.state.elapsed_s += step_s
-        self.boundary = self.row_before = now
-        lr = run.parts.base_lr[0] * multiplier
-        return Label(slots, run.state.samples, lr, num_micro, self.waited_s, step_s, wall_s)
 
 
 def _tell_profile(run: Run, facts: dict[str, Any] | None) -> None:
@@ -310,26 +252,6 @@ def _keep_samples(run: Run, bundle: Path | None, step: int) -> None:
     tensors["ids"] = torch.from_numpy(batch.slots.ids)
     with suppress(OSError), (bundle / "samples.safetensors").open("wb") as file:
         file.writelines(safetensors_chunks(tensors))
-
-
-def _wait_for(batches: Iterator[Minibatch], stop: StopRequest, clock: _Clock) -> Minibatch:
-    """The next batch.
-
-    Raises:
-        NoLongerWaiting: a stop was asked for meanwhile.
-    """
-    asked = time.perf_counter()
-    try:
-        stop.waiting = True
-        with phase("data"):
-            return next(batches)
-    except RuntimeError:
-        if stop():  # a worker that the same signal ended
-            raise NoLongerWaiting from None
-        raise
-    finally:
-        stop.waiting = False
-        clock.waited_s = time.perf_counter() - asked
 
 
 def _finite(run: Run) -> bool:

@@ -1,7 +1,7 @@
 """Compiled steps that are certain to be calm, taken one after the other and settled together.
 
-That saves most of what a small step costs beside its arithmetic: rows, ledger and guard come out as if each
-had been settled by itself, but the code for a step, and that for its row, stay in the processor's caches.
+That saves most of what a small step costs beside its arithmetic. Rows, ledger and guard come out as if each
+had been settled by itself.
 """
 
 from __future__ import annotations
@@ -74,27 +74,11 @@ def calm_steps(
     assert course.graph is not None
     state, guard = course.state, course.parts.guard
     direct, take = course.graph.direct(state.step)
-    most, multiplier = min(most, direct), 0.0
+    most, bounds = min(most, direct, guard.calm_for(state.step)), guard.lets_pass(state.step)
     taken: list[tuple[Label, list[float], float]] = []
-    batch: Minibatch | None = None
-    alarm: Alarm | None = None
-    seen, looks_at = 0, 0  # of those taken: that the guard has seen, and when it does next
-    bounds = 0.0, 0.0
-
-    def guard_looks() -> Alarm | None:
-        nonlocal seen
-        losses, norms = ([numbers[i] for _, numbers, _ in taken[seen:]] for i in range(2))
-        seen = len(taken)
-        return guard.take_calm(state.step - 1, losses, norms)
-
+    batch, alarm, multiplier = None, None, 0.0
     try:
         while take is not None and len(taken) < most and clock.boundary < clock.calm_until:
-            if len(taken) >= looks_at:
-                alarm = guard_looks() if taken else None
-                looks_at += guard.calm_for(state.step)
-                if alarm is not None or looks_at == seen:
-                    break
-                bounds = guard.lets_pass(state.step)
             batch = next_batch(batches, course.stop, clock)
             without_holes, multiplier = to_be_taken(course, batch)
             with phase("compiled step"):
@@ -106,9 +90,7 @@ def calm_steps(
             taken.append((clock.label(course, batch.slots, multiplier, 1), numbers, time.time()))
             batch = None
     finally:
-        if len(taken) > seen:
-            alarm = guard_looks()
         if taken:
             course.parts.updater.set_rates(multiplier, course.parts.base_lr)
-            alarm = settle_calm(course, taken, alarm)
+            alarm = settle_calm(course, taken)
     return len(taken), batch, alarm

@@ -210,15 +210,14 @@ def settle(course: Course, label: Label | None, attempt: Attempt | None) -> Alar
     return found
 
 
-def settle_calm(
-    course: Course, taken: Sequence[tuple[Label, list[float], float]], alarm: Alarm | None
-) -> Alarm | None:
+def settle_calm(course: Course, taken: Sequence[tuple[Label, list[float], float]]) -> Alarm | None:
     """Writes the rows of steps that a graph took as calm: labels, numbers, and when they ended. The alarm
-    that the last of them raised, if something is to be done about it.
+    that the last of them raises, if it does: only that which completes what `calm_for` allows for can.
     """
     for label, (loss, grad_norm, ratio, _), ended in taken:
         _note(course, label, True, FINE, loss, grad_norm, 1.0, ratio, 1.0, ended)
-    return _heeded(course, alarm)
+    losses, norms = ([numbers[i] for _, numbers, _ in taken] for i in range(2))
+    return _heeded(course, course.parts.guard.take_calm(taken[-1][0].slots.step, losses, norms))
 
 
 def _heeded(course: Course, alarm: Alarm | None) -> Alarm | None:

@@ -90,16 +90,15 @@ def flatten(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     Raises:
         StateError: it holds something else.
     """
-    match tree:
-        case Tensor():
-            tensors[name] = tree
-            return {"$tensor": name}
-        case dict() if all(isinstance(key, str) for key in tree):
-            return {key: flatten(value, f"{name}/{key}", tensors) for key, value in tree.items()}
-        case list() | tuple():
-            return [flatten(value, f"{name}/{i}", tensors) for i, value in enumerate(tree)]
-        case None | bool() | int() | float() | str():
-            return tree
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return tree
+    if isinstance(tree, Tensor):
+        tensors[name] = tree
+        return {"$tensor": name}
+    if isinstance(tree, dict) and all(isinstance(key, str) for key in tree):
+        return {key: flatten(value, f"{name}/{key}", tensors) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [flatten(value, f"{name}/{i}", tensors) for i, value in enumerate(tree)]
     raise StateError(
         f"{name}: a {type(tree).__name__} cannot be kept.",
         why="State is kept as tensors and JSON; nothing is pickled.",

@@ -1,21 +1,25 @@
 """A run on a machine that fails: full, slow and lost disks, dead workers, hangs, stopped processes."""
 
+import gc
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, blobs, recipe, surefoot, surefoot_process
+from torch.utils.data import DataLoader
 
 import surefoot as sf
 from surefoot.checkpoint.store import DirectoryStore
 from surefoot.checkpoint.writer import Writer
 from surefoot.cli.recipe_file import RecipeFile
+from surefoot.data.workers import Watch, end, started
 from surefoot.keep import Auto
 from surefoot.record.rows import read_newest
 
@@ -313,6 +317,19 @@ def test_a_dead_or_hung_worker_is_named_and_replaced(tmp_path, trouble, reason):
     told = [sf.open_run(tmp_path / name).summary() for name in ("run", "calm")]
     assert told[0]["digest"] == told[1]["digest"]
     assert told[0]["ledger"] == told[1]["ledger"]
+
+
+def test_who_watches_workers_holds_none_of_their_batches():
+    """Freed by its thread while the interpreter ends, a tensor aborts the process: one time in fifty."""
+    loader = DataLoader(torch.ones(40, 2), num_workers=2, prefetch_factor=2)
+    workers = started(loader)
+    next(workers)
+    watch, held = Watch(workers), weakref.ref(workers)
+    end(workers)
+    del workers
+    gc.collect()
+    assert held() is None
+    watch.close()
 
 
 def test_a_worker_that_stops_with_batches_ready_is_replaced(tmp_path):

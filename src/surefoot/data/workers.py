@@ -72,13 +72,16 @@ class Watch:
     Torch's own time limit does not hold while it takes a tensor over: the file descriptor of its memory
     comes from the worker, over a socket, without any limit; a worker that was stopped never answers.
 
+    The thread knows the processes only: were it the last to let go of torch's iterator, and so of tensors,
+    while the interpreter ends, that would abort the process.
+
     ended: the processes that were ended.
     """
 
     def __init__(self, workers: Any) -> None:
         self.deadline: float | None = None
         self.ended: list[int] = []
-        self._workers = workers
+        self._processes = _processes(workers)
         self._over = threading.Event()
         threading.Thread(target=self._look, name="worker-watch", daemon=True).start()
 
@@ -86,8 +89,8 @@ class Watch:
         while not self._over.wait(LOOKS_S):
             deadline = self.deadline
             if deadline is not None and time.monotonic() > deadline:
-                self.ended = [p.pid for p in _processes(self._workers)]
-                end(self._workers)
+                self.ended = [p.pid for p in self._processes]
+                _kill(self._processes)
                 return
 
     def close(self) -> None:
@@ -97,7 +100,11 @@ class Watch:
 
 def end(workers: Any) -> None:
     """Ends worker processes without waiting for one that hangs."""
-    for process in _processes(workers):
+    _kill(_processes(workers))
+
+
+def _kill(processes: list[Any]) -> None:
+    for process in processes:
         if process.exitcode is None:
             process.kill()
 

@@ -6,9 +6,11 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ import surefoot as sf
 from surefoot.checkpoint.store import DirectoryStore
 from surefoot.checkpoint.writer import Writer
 from surefoot.cli.recipe_file import RecipeFile
-from surefoot.data.workers import Watch, end, started
+from surefoot.data.workers import Watch, end, next_of, started
 from surefoot.keep import Auto
 from surefoot.record.rows import read_newest
 
@@ -330,6 +332,27 @@ def test_who_watches_workers_holds_none_of_their_batches():
     gc.collect()
     assert held() is None
     watch.close()
+
+
+def test_a_worker_that_left_with_a_batch_ready_has_died():
+    """Its socket is gone, so taking the batch over raises another error than if it had been killed."""
+    lost = FileNotFoundError(2, "No such file or directory")
+
+    class Left:
+        _workers = (SimpleNamespace(pid=7, exitcode=0),)
+
+        def __next__(self):
+            raise lost
+
+    data, trouble = next_of(Left(), 1.0, SimpleNamespace(ended=[], deadline=None))
+    assert data is None
+    assert trouble == {"reason": "died", "workers": [7]}
+
+
+def test_no_thread_outlives_a_run(fit):
+    before = set(threading.enumerate())
+    fit(operations=OFTEN)
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_worker_that_stops_with_batches_ready_is_replaced(tmp_path):

@@ -239,3 +239,21 @@ def test_a_transform_that_gives_no_number_once_costs_one_update(tmp_path, spec, 
     done = sf.fit(changed, out=tmp_path / "run", operations=operations)
     assert done.status == "finished"
     assert np.flatnonzero(sf.open_run(tmp_path / "run").log()["permitted"] == 0).tolist() == [5]
+
+
+@pytest.mark.parametrize("mode", ["off", "watch"])
+@pytest.mark.parametrize("until", [30, 300])
+def test_the_end_of_a_run_that_cannot_go_on_depends_on_no_checkpoint(tmp_path, mode, until):
+    """With momentum that is no number all updates are refused. The writer of states sees it, some time."""
+    x, y = blobs(200)
+    x[3] = np.nan
+    ended = []
+    for every in (7, 1000):
+        out = tmp_path / str(every)
+        changed = recipe(data=sf.Arrays(x, y), batch=sf.Batch(20), guard=sf.Guard(mode), until=until)
+        done = sf.fit(changed, out=out, operations=sf.Operations(checkpoint={"every": every}))
+        (told,) = [e["reason"] for e in sf.open_run(out).events() if e["kind"] == "diverged"]
+        ended.append((done.status, done.step, done.digest, told))
+    assert ended[0] == ended[1]
+    assert ended[0][0] == "diverged"
+    assert "not finite" in ended[0][3]

@@ -171,6 +171,7 @@ class Keeper:
         give_up = time.monotonic() + self.deadline_s
         if self.writer.drain(self.deadline_s if hurry else None):
             self.look()
+        self.poisoned = False  # of an earlier state
         now = (self.state.step, self.state.validated_at)
         if not self._failures and self._is_kept == now:
             return True

@@ -104,6 +104,7 @@ def steps(run: Run) -> Generator[Outcome, None, None]:
         _fail(run, error)
         raise
     finally:  # the process is the caller's
+        run.keeper.writer.close()
         torch.set_num_threads(run.threads_before)
 
 
@@ -190,10 +191,6 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
             parts.guard.pending = run.healer.unsound()
         if parts.guard.pending is not None:
             return ""
-        if keeper.poisoned:
-            reason = "weights, or what the optimizer keeps for them, are not finite"
-            record.event("diverged", step=state.step, reason=reason)
-            return "diverged"
         if keeper.due():
             settle(run, None, None)
             with phase("checkpoint"):
@@ -255,12 +252,17 @@ def _keep_samples(run: Run, bundle: Path | None, step: int) -> None:
 
 
 def _finite(run: Run) -> bool:
-    """Whether the weights are; if not, the events say so."""
-    if run.parts.updater.finite():
-        return True
-    reason = "the weights are not finite: an update overflowed, or the caller changed them"
-    run.record.event("diverged", step=run.state.step, reason=reason)
-    return False
+    """Whether the weights are, and at the end of the run what the optimizer keeps for them; if not, the
+    events say so.
+    """
+    reason = ""
+    if not run.parts.updater.finite():
+        reason = "the weights are not finite: an update overflowed, or the caller changed them"
+    elif run.keeper.poisoned and run.status in ("finished", "stopped_early"):
+        reason = "what the optimizer keeps for the weights is not finite: no update can be applied any more"
+    if reason:
+        run.record.event("diverged", step=run.state.step, reason=reason)
+    return not reason
 
 
 def _end(run: Run, **facts: Any) -> None:

@@ -18,6 +18,7 @@ from surefoot.checkpoint.store import DirectoryStore
 
 _PAGE = 4096
 _WARM_EVERY_S = 10.0
+_LEAVES_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Writer:
         self._store, self._before = store, before
         self._free = [_Staging(), _Staging()]
         self._waiting: _Job | None = None
-        self._busy = self.reserving = False
+        self._busy = self.reserving = self._over = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -156,12 +157,25 @@ class Writer:
         with self._changed:
             return self._changed.wait_for(lambda: not self._busy and self._waiting is None, deadline_s)
 
+    def close(self) -> None:
+        """Ends the thread once it has written what it was given, and lets go of the memory for copies. Does
+        not wait for a disk that hangs.
+        """
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+            idle = not self._busy and self._waiting is None
+        if self._thread is not None and idle:
+            self._thread.join(_LEAVES_S)
+
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None, _WARM_EVERY_S)
+                self._changed.wait_for(lambda: self._waiting is not None or self._over, _WARM_EVERY_S)
                 job, self._waiting, self._busy = self._waiting, None, self._waiting is not None
                 idle = list(self._free)
+                if job is None and self._over:
+                    return
             if job is None:
                 for staging in idle:
                     staging.keep_warm()

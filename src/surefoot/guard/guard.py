@@ -76,9 +76,9 @@ class Permit(NamedTuple):
 
 def _refused_for_good(num: int, step: int, verdict: int) -> Stop:
     told = f"{num} updates in a row were refused, up to step {step}: "
-    if verdict == NOT_FINITE:
+    if verdict in (NOT_FINITE, FINE):  # fine in itself, or nobody looked; but not what came of it
         return Stop(
-            told + "loss or gradient is not finite whatever the batch.",
+            told + "loss, gradient or update is not finite whatever the batch.",
             "Lower the learning rate, clip the gradient (clip_norm), or look for values in the data that "
             "are not finite.",
         )

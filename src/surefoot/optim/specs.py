@@ -154,12 +154,13 @@ def _options(spec: Any, groups: Groups) -> dict[str, Any]:
     """Fields as torch's keywords; ``fused=False`` is left to torch's default.
 
     On a CPU that default is one tensor after another. For these optimizers torch's multi-tensor code
-    gives the same bits, and is up to 1.8 times as fast while the model fits into the cache
-    (LABBOOK.md, 2026-11-22); beyond that it is slower.
+    gives the same bits, if not in half precision, and is up to 1.8 times as fast while the model fits into
+    the cache (LABBOOK.md, 2026-11-22); beyond that it is slower.
     """
     options = {k: v for k, v in asdict(spec).items() if not (k == "fused" and not v)}
     params = [p for group in groups for p in group["params"]]
     small = sum(p.numel() for p in params) <= _SMALL and params[0].device.type == "cpu"
+    small &= all(p.dtype in (torch.float32, torch.float64) for p in params)
     if small and isinstance(spec, SGD | Adam | AdamW | RMSprop) and "fused" not in options:
         options["foreach"] = True
     return options

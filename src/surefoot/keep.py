@@ -172,8 +172,7 @@ class Keeper:
         if self.writer.drain(self.deadline_s if hurry else None):
             self.look()
         self.poisoned = False  # of an earlier state
-        now = (self.state.step, self.state.validated_at)
-        if not self._failures and self._is_kept == now:
+        if not self._failures and self._is_kept == (self.state.step, self.state.validated_at):
             return True
         for wait_s in _TRIES_S:
             time.sleep(wait_s)

@@ -25,7 +25,7 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m 'not soak' -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m 'not soak' -n 2
 
 soak: setup
 	$(BIN)/python -m pytest -m soak -n 2

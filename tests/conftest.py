@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,9 @@ from torch import nn
 from zygote import Command
 
 import surefoot as sf
+
+hypothesis.settings.register_profile("no clock", deadline=None)  # machines are slow at times
+hypothesis.settings.load_profile("no clock")
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)

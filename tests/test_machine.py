@@ -322,7 +322,7 @@ def test_a_dead_or_hung_worker_is_named_and_replaced(tmp_path, trouble, reason):
 
 
 def test_who_watches_workers_holds_none_of_their_batches():
-    """Freed by its thread while the interpreter ends, a tensor aborts the process: one time in fifty."""
+    """Freed by its thread while the interpreter ends, a tensor aborts the process."""
     loader = DataLoader(torch.ones(40, 2), num_workers=2, prefetch_factor=2)
     workers = started(loader)
     next(workers)
@@ -336,17 +336,19 @@ def test_who_watches_workers_holds_none_of_their_batches():
 
 def test_a_worker_that_left_with_a_batch_ready_has_died():
     """Its socket is gone, so taking the batch over raises another error than if it had been killed."""
-    lost = FileNotFoundError(2, "No such file or directory")
 
     class Left:
         _workers = (SimpleNamespace(pid=7, exitcode=0),)
+        error = FileNotFoundError(2, "No such file or directory")
 
         def __next__(self):
-            raise lost
+            raise self.error
 
-    data, trouble = next_of(Left(), 1.0, SimpleNamespace(ended=[], deadline=None))
-    assert data is None
-    assert trouble == {"reason": "died", "workers": [7]}
+    left, watch = Left(), SimpleNamespace(ended=[], deadline=None)
+    assert next_of(left, 1.0, watch) == (None, {"reason": "died", "workers": [7]})
+    left.error = OSError(24, "Too many open files")  # which no other worker would mend
+    with pytest.raises(OSError, match="Too many open files"):
+        next_of(left, 1.0, watch)
 
 
 def test_no_thread_outlives_a_run(fit):

@@ -158,9 +158,7 @@ class Writer:
             return self._changed.wait_for(lambda: not self._busy and self._waiting is None, deadline_s)
 
     def close(self) -> None:
-        """Ends the thread once it has written what it was given, and lets go of the memory for copies. Does
-        not wait for a disk that hangs.
-        """
+        """Ends the thread once it has written what it was given; does not wait for a disk that hangs."""
         with self._changed:
             self._over = True
             self._changed.notify_all()

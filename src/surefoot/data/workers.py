@@ -45,7 +45,7 @@ def next_of(workers: Iterator[Tree], timeout_s: float, watch: Watch) -> tuple[Tr
         watch.deadline = begun + timeout_s + LOOKS_S
         try:
             return next(workers), {}
-        except (RuntimeError, EOFError, OSError) as error:
+        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
             told = str(error)
             if watch.ended:
                 return None, {"reason": "hung", "workers": watch.ended}

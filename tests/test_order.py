@@ -37,6 +37,17 @@ def test_it_is_a_bijection_with_an_inverse(n, seed, epoch):
     assert np.array_equal(permutation.inverse(ids), np.arange(n))
 
 
+@settings(max_examples=20)
+@given(n=st.integers(65_537, 10**9), seed=st.integers(0, 2**63 - 1), data=st.data())
+def test_hashes_are_the_same_looked_up_and_computed(n, seed, data):
+    looked_up, computed = (Permutation(n, key(seed, "order", 0)) for _ in range(2))
+    computed._hashes = []
+    start = data.draw(st.integers(0, n - 100))
+    positions = np.arange(start, start + 100)
+    assert np.array_equal(looked_up(positions), computed(positions))
+    assert np.array_equal(looked_up.inverse(positions), computed.inverse(positions))
+
+
 @settings(max_examples=40, deadline=None)
 @given(n=SIZES, data=st.data())
 def test_any_stretch_is_what_the_whole_says(n, data):

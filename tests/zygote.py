@@ -101,8 +101,10 @@ def become(request: dict[str, Any], streams: array.array[int] | list[int]) -> No
 
 if __name__ == "__main__":
     import numpy
+    import plotly.graph_objects
     import sklearn.datasets
-    import sklearn.model_selection  # noqa: F401
+    import sklearn.model_selection
+    import torch._inductor.compile_fx  # noqa: F401
 
     import surefoot.cli.chaos
     import surefoot.cli.explain

@@ -21,6 +21,7 @@ from surefoot.measure.digest import digest
 from surefoot.optim.buffers import Buffers
 from surefoot.optim.patience import Patience
 from surefoot.optim.precision import LossScale
+from surefoot.optim.uncompiled import without_compiler
 from surefoot.record.ledger import Ledger
 
 _EXTRA, _TRANSIENT = "extra/", "transient/"
@@ -174,7 +175,8 @@ class RunState:
         return [names[id(p)] for p in params]
 
     def _optimizer_state(self) -> dict[str, Any]:
-        state, names = self.optimizer.state_dict(), self._names()
+        with without_compiler():
+            state, names = self.optimizer.state_dict(), self._names()
         return {
             "state": {names[number]: slots for number, slots in state["state"].items()},
             "groups": [
@@ -183,7 +185,8 @@ class RunState:
         }
 
     def _load_optimizer_state(self, kept: dict[str, Any]) -> None:
-        current, names = self.optimizer.state_dict(), self._names()
+        with without_compiler():
+            current, names = self.optimizer.state_dict(), self._names()
         if len(kept["groups"]) != len(current["param_groups"]) or not set(kept["state"]) <= set(names):
             raise StateError("the checkpoint is of another optimizer or other parameter groups.")
         numbers = {name: number for number, name in enumerate(names)}
@@ -191,12 +194,9 @@ class RunState:
         for now, then in zip(current["param_groups"], kept["groups"], strict=True):
             tuples = {k: tuple(v) for k, v in then.items() if isinstance(now.get(k), tuple)}
             groups.append({**then, **tuples, "params": now["params"]})
-        self.optimizer.load_state_dict(
-            {
-                "state": {numbers[name]: slots for name, slots in kept["state"].items()},
-                "param_groups": groups,
-            }
-        )
+        numbered = {numbers[name]: slots for name, slots in kept["state"].items()}
+        with without_compiler():
+            self.optimizer.load_state_dict({"state": numbered, "param_groups": groups})
         params = [p for g in self.optimizer.param_groups for p in g["params"]]
         for name, slots in kept["state"].items():  # torch casts all but `step` to the parameter's dtype
             state = self.optimizer.state[params[numbers[name]]]

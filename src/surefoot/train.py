@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,7 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
             return "diverged"
         if state.step >= next_validation or state.step == run.total:
             next_validation = run.validate.after(state.step) if run.validate else run.total + 1
-            outcome = replace(outcome, metrics=run_validation(run))
+            outcome = outcome._replace(metrics=run_validation(run))
             clock.boundary = time.perf_counter()
         yield outcome
         if validation_due(run):

@@ -9,7 +9,7 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from numbers import Integral, Real
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,8 +137,7 @@ def duration(text: DurationLike, *, name: str = "duration") -> Duration:
 # ---------------------------------------------------------------------------------- batches
 
 
-@dataclass(frozen=True, slots=True)
-class Slots:
+class Slots(NamedTuple):
     """What the plan says of one update. B slots; a slot without a sample is a hole.
 
     ids: int64[B], `HOLE` where there is no sample. epoch: of the first slot, from 0.
@@ -152,8 +151,7 @@ class Slots:
     num_samples: int
 
 
-@dataclass(frozen=True, slots=True)
-class Minibatch:
+class Minibatch(NamedTuple):
     """Samples of one update, on the device.
 
     data: what the source's fetch returned, B rows. weights: float[B], 0 in holes, or None if all are
@@ -166,8 +164,7 @@ class Minibatch:
     num_rows: int
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What one update did. Numbers are 0-d tensors on the device: reading one may wait for it.
 
     step: the attempted update, from 0. epoch: in which it fell, from 0. samples: consumed by the run

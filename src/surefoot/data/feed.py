@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -220,7 +220,7 @@ def leave_out(batch: Minibatch, out: NDArray[np.bool_]) -> Minibatch:
     data = take_rows(batch.data, rows, len(ids))
     if not len(stay):
         data = map_leaves(_finite, data)
-    return Minibatch(replace(slots, ids=ids, num_samples=len(stay)), data, weights, len(ids))
+    return Minibatch(slots._replace(ids=ids, num_samples=len(stay)), data, weights, len(ids))
 
 
 def _finite(leaf: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The order of samples: a keyed permutation of ``range(n)`` with no state and O(1) memory.
+"""The order of samples: a keyed permutation of ``range(n)`` with no state, in memory of order sqrt(n).
 
 For n above 65,536 it is a generalised Feistel network on Z_a x Z_b with a = ceil(sqrt n) and
 b = ceil(n / a), twelve rounds, and cycle-walking back into range (Black & Rogaway, "Ciphers with
@@ -22,7 +22,8 @@ ALGORITHM = "argsort-feistel12-v1"
 _ROUNDS = 12
 _SMALL = 1 << 16
 _CHUNK = 1 << 16
-_BLOCK = 1 << 14  # of a chunk that is computed at once, to stay in a cache
+_BLOCK = 1 << 12  # of a chunk that is computed at once, to stay in a cache
+_TABLED = 1 << 14  # values of a half up to which their hashes are looked up
 
 
 class Permutation:
@@ -40,6 +41,13 @@ class Permutation:
         self._b = -(-n // self._a)
         keys = words(base, np.arange(_ROUNDS, dtype=np.uint64))
         self._keys = keys ^ (keys >> U64(30))
+        self._hashes: list[Words] = []
+        if self._a <= _TABLED:
+            moduli = [(self._b, self._a), (self._a, self._b)] * (_ROUNDS // 2)
+            self._hashes = [
+                self._hash(i, np.arange(num, dtype=np.uint64), modulus)
+                for i, (num, modulus) in enumerate(moduli)
+            ]
 
     def __call__(self, positions: Ids) -> Ids:
         """Sample ids at positions of the epoch: int64[k] -> int64[k]."""
@@ -56,7 +64,7 @@ class Permutation:
         return self._walk(ids, self._backward)
 
     def _walk(self, x: Ids, once: Callable[[Words], Words]) -> Ids:
-        words_ = x.astype(np.uint64)
+        words_ = np.asarray(x, np.int64).view(np.uint64)
         out = np.empty_like(words_)
         for i in range(0, len(x), _BLOCK):
             out[i : i + _BLOCK] = once(words_[i : i + _BLOCK])
@@ -64,7 +72,7 @@ class Permutation:
         while outside.size:
             out[outside] = once(out[outside])
             outside = outside[out[outside] >= U64(self.n)]
-        return out.astype(np.int64)
+        return out.view(np.int64)
 
     def _forward(self, x: Words) -> Words:
         left = x // U64(self._b)
@@ -96,6 +104,8 @@ class Permutation:
         This is ``((mix(half ^ key) >> 32) * modulus) >> 32``, with the first step of `mix` taken with the
         key: of what it shifts by 30 nothing is left of a half.
         """
+        if self._hashes:
+            return np.take(self._hashes[i], half.view(np.int64), mode="wrap")
         x: Words = half ^ self._keys[i]
         x *= M1
         x ^= x >> U64(27)

@@ -14,6 +14,7 @@ import torch
 from torch.optim import Optimizer
 
 from surefoot.errors import RecipeError
+from surefoot.optim.uncompiled import without_compiler
 from surefoot.protocols import OptimizerFactory, OptimizerSpec
 from surefoot.types import check_fields
 
@@ -182,7 +183,8 @@ def build_optimizer(spec: OptimizerSpec | OptimizerFactory, groups: Groups) -> O
     if hasattr(spec, "build") and is_dataclass(spec):
         check_fields(spec, name)
     try:
-        optimizer = build(groups)
+        with without_compiler():
+            optimizer = build(groups)
     except (TypeError, ValueError) as error:
         if len(groups) > 1 and "per-parameter options" in str(error):  # L-BFGS: say why instead
             build_optimizer(spec, [{"params": [p for group in groups for p in group["params"]]}])

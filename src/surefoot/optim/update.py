@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from surefoot.optim.direct import sgd_step
 from surefoot.optim.gradients import global_norm
+from surefoot.optim.uncompiled import bare_step
 
 _WELL_KNOWN = {
     torch.optim.SGD,
@@ -54,7 +54,7 @@ class Updater:
         half = any(p.dtype == torch.float16 for p in self.params)  # in which 1e-8 is zero
         self.well_known = type(optimizer) in _WELL_KNOWN and not half
         self.well_known &= all(g.get("eps") != 0 and abs(g.get("momentum") or 0.0) < 1 for g in groups)
-        self._unmarked_step = _unmarked_step(optimizer)
+        self._bare_step = bare_step(optimizer) if type(optimizer) in _WELL_KNOWN else None
         if self._asks_device:
             self._create_momentum()
 
@@ -103,10 +103,10 @@ class Updater:
             before.take(self.params)
         if self._asks_device:
             self.optimizer.found_inf = (~permitted).float()  # type: ignore[attr-defined]
-        if self._unmarked_step is None or _is_hooked(self.optimizer):
+        if self._bare_step is None or _is_hooked(self.optimizer):
             self.optimizer.step()
         elif self._asks_device or not sgd_step(self.optimizer):
-            self._unmarked_step(self.optimizer)
+            self._bare_step(self.optimizer)
         if not measured and undo is None:
             return self._unmeasured, permitted
         change.take(self.params)
@@ -143,16 +143,6 @@ class Updater:
     def finite(self) -> bool:
         """Whether all weights are."""
         return math.isfinite(global_norm(self.params).item())
-
-
-def _unmarked_step(optimizer: Optimizer) -> Callable[[Optimizer], Any] | None:
-    """The step of one of torch's own optimizers, without the mark that torch makes for its profiler: 5 % of
-    the step of a small network.
-    """
-    marked = type(optimizer).step
-    if type(optimizer) not in _WELL_KNOWN:
-        return None
-    return getattr(marked, "__wrapped__", None) if getattr(marked, "hooked", False) else None
 
 
 def _is_hooked(optimizer: Optimizer) -> bool:

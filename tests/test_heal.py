@@ -23,6 +23,7 @@ from surefoot.api import result, run_steps
 from surefoot.build import build
 from surefoot.guard.detect import LOSS_SPIKE
 from surefoot.guard.history import History, Intervention
+from surefoot.guard.judge import Judge
 from surefoot.guard.review import Alarm
 from surefoot.operations import Operations
 from surefoot.record.folder import RunFolder
@@ -53,7 +54,7 @@ numbers = st.one_of(
 def test_a_device_decides_as_a_host_does(rows, mode):
     """What runs on a GPU, run on the CPU."""
     here, there = (sf.Guard(mode).build(torch.device("cpu")) for _ in range(2))
-    there.judge.on_host = False
+    there.judge = Judge(torch.device("cpu"), on_host=False)
     rng = np.random.default_rng(0)
     early = [(2 + 0.1 * rng.normal(), rng.lognormal()) for _ in range(rng.integers(0, 70))]
     for step, numbers_now in enumerate([*early, *rows]):
@@ -565,7 +566,7 @@ def test_a_way_back_that_passes_an_alarm_answered_before(tmp_path, monkeypatch):
 def test_the_guards_state_survives_json(host):
     def made():
         watch = sf.Guard().build(torch.device("cpu"))
-        watch.judge.on_host = host
+        watch.judge = Judge(torch.device("cpu"), on_host=host)
         return watch
 
     one, other = made(), made()

@@ -101,9 +101,9 @@ def become(request: dict[str, Any], streams: array.array[int] | list[int]) -> No
 
 if __name__ == "__main__":
     import numpy
-    import plotly.graph_objects
+    import plotly.graph_objects  # noqa: F401
     import sklearn.datasets
-    import sklearn.model_selection
+    import sklearn.model_selection  # noqa: F401
     import torch._inductor.compile_fx  # noqa: F401
 
     import surefoot.cli.chaos

@@ -23,7 +23,8 @@ class Points:
         return len(self.x)
 
     def __getitem__(self, i):
-        time.sleep(1e-5)
+        if i % 16 == 0:
+            time.sleep(1e-5)  # which takes ten times as long
         return torch.from_numpy(self.x[i]), int(self.y[i])
 
 

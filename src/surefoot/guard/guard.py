@@ -201,7 +201,7 @@ class Watch:
     def usual_norm(self) -> float | None:
         """Of the gradient; None within the burn-in."""
         seen = self.judge.seen
-        return None if seen is None else math.exp(float(seen.mean[0]))
+        return None if seen is None else math.exp(float(seen.log_mean))
 
     def would_permit(self, loss: float, norm: float) -> bool:
         """Whether a step with these numbers would be permitted now; nothing is taken up."""

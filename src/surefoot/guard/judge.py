@@ -6,10 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
+from surefoot.guard.arithmetic import Numbers, Tensors
 from surefoot.guard.detect import (
     BLOCK,
     BURN_IN,
@@ -20,7 +19,6 @@ from surefoot.guard.detect import (
     calm_below,
     judge,
     take_up,
-    take_up_numbers,
 )
 
 CALM = Decision(0.0, 1.0, False)
@@ -30,12 +28,15 @@ class Judge:
     """Decides on steps, in order. On a CPU losses and norms are floats, on a device 0-d float64 tensors.
 
     seen: statistics of the steps before; None within the burn-in.
+
+    Args:
+        on_host: whether they are floats; by the device, if left out.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, on_host: bool | None = None) -> None:
         self.seen: Statistics | None = None
-        self.on_host = device.type == "cpu"
-        self._device = device
+        self.on_host = device.type == "cpu" if on_host is None else on_host
+        self._xp: Any = Numbers() if self.on_host else Tensors(device)
         self._losses: list[Any] = []  # that are not taken up yet
         self._norms: list[Any] = []
         self._calm_loss = self._calm_norm = -math.inf
@@ -58,10 +59,8 @@ class Judge:
     def _take_up(self) -> None:
         if self.seen is None:
             self.seen = self._begun()
-        elif self.on_host:
-            self.seen = take_up_numbers(self.seen, self._losses, self._norms)
         else:
-            self.seen = take_up(torch, self.seen, self._waiting()[1])
+            self.seen = take_up(self._xp, self.seen, *self._waiting())
         self._losses, self._norms = [], []
         self._set_bounds()
 
@@ -82,12 +81,7 @@ class Judge:
         seen, early = self.seen, self.seen is None
         if seen is None and len(self._losses) >= EARLIEST:
             seen = self._begun()
-        if not self.on_host:
-            return judge(torch, seen, loss, norm, was_high=self._was_high, early=early)
-        with np.errstate(all="ignore"):
-            numbers = np.float64(loss), np.float64(norm)
-            verdict, clip, high = judge(np, seen, *numbers, was_high=self._was_high, early=early)
-        return Decision(float(verdict), float(clip), bool(high))
+        return judge(self._xp, seen, loss, norm, was_high=self._was_high, early=early)
 
     def certain_below(self) -> tuple[float, float]:
         """Loss and norm up to which the next decision is certain to be `CALM`; on a host."""
@@ -95,29 +89,23 @@ class Judge:
             return self._calm_loss, self._calm_norm
         if len(self._losses) < EARLIEST:
             return math.inf, math.inf
-        return calm_below(self._begun(), early=True)
+        return calm_below(self._xp, self._begun(), early=True)
 
     def tensor_or_float(self, number: Any) -> Any:
         """A number as the decisions take it."""
-        return float(number) if self.on_host else self._tensor(number)
-
-    def _tensor(self, number: Any) -> Tensor:
-        return torch.tensor(number, dtype=torch.float64, device=self._device)
+        return self._xp.number(number)
 
     def _waiting(self) -> tuple[Any, Any]:
-        """Numpy or torch, and the losses and norms that are not taken up yet: float64[2, n]."""
-        if self.on_host:
-            return np, np.array((self._losses, self._norms))
-        return torch, torch.stack((torch.stack(self._losses), torch.stack(self._norms)))
+        """Losses and norms that are not taken up yet."""
+        return self._xp.together(self._losses), self._xp.together(self._norms)
 
     def _begun(self) -> Statistics:
-        with np.errstate(all="ignore"):  # huge numbers have no square
-            return begin(*self._waiting())
+        return begin(self._xp, *self._waiting())
 
     def _set_bounds(self) -> None:
         self._calm_loss = self._calm_norm = -math.inf
         if self.seen is not None and self.on_host:
-            self._calm_loss, self._calm_norm = calm_below(self.seen)
+            self._calm_loss, self._calm_norm = calm_below(self._xp, self.seen)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON."""
@@ -125,7 +113,7 @@ class Judge:
         return {
             "losses": [float(x) for x in self._losses],
             "norms": [float(x) for x in self._norms],
-            "seen": None if seen is None else [seen.mean.tolist(), seen.var.tolist(), float(seen.first)],
+            "seen": None if seen is None else _kept(seen),
             "was_high": bool(self._was_high),
         }
 
@@ -134,7 +122,15 @@ class Judge:
         self._losses = [self.tensor_or_float(x) for x in state.get("losses", [])]
         self._norms = [self.tensor_or_float(x) for x in state.get("norms", [])]
         seen = state.get("seen")
-        array = np.array if self.on_host else self._tensor
-        self.seen = Statistics(array(seen[0]), array(seen[1]), seen[2]) if seen else None
+        self.seen = None
+        if seen:
+            (log_mean, mean), (log_var, var), first = seen
+            self.seen = Statistics(*map(self._xp.number, (log_mean, log_var, mean, var, first)))
         self._was_high = state.get("was_high", False)
         self._set_bounds()
+
+
+def _kept(seen: Statistics) -> list[Any]:
+    """As JSON."""
+    log_mean, log_var, mean, var, first = map(float, seen)
+    return [[log_mean, mean], [log_var, var], first]

@@ -1,0 +1,130 @@
+"""What the detectors ask of numbers: of Python's on a host, where a call of numpy or torch takes longer
+than all they compute, and of 0-d float64 tensors on a device that must not be waited for.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Numbers:
+    """Floats, and lists of them."""
+
+    isfinite = staticmethod(math.isfinite)
+    exp = staticmethod(math.exp)
+    log = staticmethod(math.log)
+    sqrt = staticmethod(math.sqrt)
+    maximum = staticmethod(max)
+    median = staticmethod(statistics.median)
+    count = staticmethod(sum)
+    together: Any = staticmethod(list)
+
+    @staticmethod
+    def where(condition: bool, yes: Any, no: Any) -> Any:
+        """One of the two."""
+        return yes if condition else no
+
+    @staticmethod
+    def number(value: Any) -> float:
+        """A float."""
+        return float(value)
+
+    @staticmethod
+    def finite(one: Sequence[float], other: Sequence[float]) -> list[bool]:
+        """Of which pairs both are."""
+        isfinite = math.isfinite
+        return [isfinite(a) and isfinite(b) for a, b in zip(one, other, strict=True)]
+
+    @staticmethod
+    def kept(values: Sequence[float], those: list[bool]) -> list[float]:
+        """Some of the values."""
+        return [value for value, keep in zip(values, those, strict=True) if keep]
+
+    @staticmethod
+    def distances(values: Sequence[float], of: float) -> list[float]:
+        """Of each from a number."""
+        return [abs(value - of) for value in values]
+
+    @staticmethod
+    def logs(values: Sequence[float], least: float) -> list[float]:
+        """Logarithms; `least` stands for what is below, and for what is no number."""
+        log = math.log
+        return [log(value if value > least else least) for value in values]
+
+    @staticmethod
+    def winsorised(
+        values: Sequence[float], those: list[bool], mean: float, most: float
+    ) -> tuple[float, float]:
+        """Sum and sum of squares of some values' distances from `mean`, each of `most` at most."""
+        total = squares = 0.0
+        for value, counts in zip(values, those, strict=True):
+            if counts:
+                d = value - mean
+                d = most if d > most else -most if d < -most else d
+                total += d
+                squares += d * d
+        return total, squares
+
+
+class Tensors:
+    """The same of 0-d float64 tensors, and of float64[n]; see `Numbers`. Nothing but `kept` waits for the
+    device.
+    """
+
+    isfinite = staticmethod(torch.isfinite)
+    exp = staticmethod(torch.exp)
+    log = staticmethod(torch.log)
+    sqrt = staticmethod(torch.sqrt)
+    maximum = staticmethod(torch.maximum)
+    together = staticmethod(torch.stack)
+    where = staticmethod(torch.where)
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def number(self, value: Any) -> Tensor:
+        """A 0-d tensor."""
+        return torch.as_tensor(value, dtype=torch.float64, device=self._device)
+
+    @staticmethod
+    def median(values: Tensor) -> Tensor:
+        """As a quantile: the middle of the two in the middle."""
+        return torch.quantile(values, 0.5)
+
+    @staticmethod
+    def count(those: Tensor) -> Tensor:
+        """How many are true."""
+        return those.double().sum()  # a count times a number would be of torch's default dtype
+
+    @staticmethod
+    def finite(one: Tensor, other: Tensor) -> Tensor:
+        """Of which pairs both are."""
+        return torch.isfinite(one) & torch.isfinite(other)
+
+    @staticmethod
+    def kept(values: Tensor, those: Tensor) -> Tensor:
+        """Some of the values."""
+        return values[those]
+
+    @staticmethod
+    def distances(values: Tensor, of: Tensor) -> Tensor:
+        """Of each from a number."""
+        return (values - of).abs()
+
+    @staticmethod
+    def logs(values: Tensor, least: float) -> Tensor:
+        """See `Numbers.logs`."""
+        return torch.log(torch.where(values > least, values, least))
+
+    @staticmethod
+    def winsorised(values: Tensor, those: Tensor, mean: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Numbers.winsorised`."""
+        d = torch.where(those, values - mean, 0.0)
+        d = torch.minimum(torch.maximum(d, -most), most)
+        return d.sum(), (d * d).sum()

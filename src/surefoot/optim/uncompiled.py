@@ -22,10 +22,11 @@ def without_compiler() -> Iterator[None]:
     """Within it, methods of optimizers do not import the compiler, unless it is imported already: there is
     nothing to be kept out of them before.
     """
+    if "torch._dynamo" in sys.modules:
+        yield
+        return
     methods = [getattr(vars(Optimizer)[name], "__wrapped__", None) for name in _METHODS]
     plain = [method for method in methods if method is not None and not hasattr(method, _MARK)]
-    if "torch._dynamo" in sys.modules:
-        plain = []
     for method in plain:
         setattr(method, _MARK, method)
     try:

@@ -1,12 +1,12 @@
 """The step log: no row is lost to a kill, what is damaged is found, and the rest can be read."""
 
+import inspect
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 
 import numpy as np
@@ -67,9 +67,9 @@ def test_more_rows_than_the_ring_holds(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
+from surefoot.record.columns import COLUMNS
 from surefoot.record.log import StepLog
-sys.path.insert(0, {tests!r})
-from test_log import row
+{row}
 log = StepLog(Path(sys.argv[1]))
 i = len(log)
 while True:
@@ -83,12 +83,11 @@ while True:
 def test_sigkill_loses_no_row(tmp_path):
     """Each row that the writer has told of is there, over ten kills at random instants."""
     rng = random.Random(0)
-    code = textwrap.dedent(WRITER).format(tests=os.path.dirname(__file__))
+    code = WRITER.format(row=inspect.getsource(row))
     for _ in range(10):
         process = subprocess.Popen(
             [sys.executable, "-c", code, tmp_path / "steps"],
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.path.dirname(__file__)},
         )
         time.sleep(0)
         told = int.from_bytes(process.stdout.read(8), "little")

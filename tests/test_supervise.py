@@ -31,10 +31,11 @@ ONCE = "(HERE / 'armed').unlink(); "
 TRAIN = ("--out", "run", "--set", "checkpoint.every=2")
 
 
-def supervise(folder: Path, trouble: str, *options: str, train: tuple[str, ...] = TRAIN):
+def supervise(folder: Path, trouble: str, *options: str, train=TRAIN, fresh=False):
     (folder / "mine.py").write_text(FILE.replace("{trouble}", trouble))
     (folder / "armed").touch()
-    return surefoot("supervise", "--pause", "0.05", *options, "--", "train", "mine.py", *train, cwd=folder)
+    command = ("supervise", "--pause", "0.05", *options, "--", "train", "mine.py", *train)
+    return surefoot(*command, cwd=folder, fresh=fresh)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def supervise(folder: Path, trouble: str, *options: str, train: tuple[str, ...] 
     ],
 )
 def test_one_crash_is_mended_by_starting_again(tmp_path, trouble, says):
-    done = supervise(tmp_path, ONCE + trouble)
+    done = supervise(tmp_path, ONCE + trouble, fresh="SIGKILL" in trouble)  # one as by a shell
     assert done.returncode == 0, done.stderr
     assert says in done.stderr
     assert "1 of 5 without progress" in done.stderr

@@ -14,9 +14,12 @@ import gc
 import inspect
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import traceback
+from types import SimpleNamespace
 from typing import Any
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -28,8 +31,7 @@ class Command(subprocess.Popen[str]):
     _zygote: socket.socket | None = None
 
     def _execute_child(self, *arguments: Any) -> None:
-        names = list(inspect.signature(subprocess.Popen._execute_child).parameters)[1:]
-        given = dict(zip(names, arguments, strict=True))
+        given = by_name(arguments)
         pipes = {"p2cread": 0, "c2pwrite": 1, "errwrite": 2}
         streams = [given[name] if given[name] != -1 else number for name, number in pipes.items()]
         request = {
@@ -59,6 +61,45 @@ class Command(subprocess.Popen[str]):
             subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
             theirs.close()
         return cls._zygote
+
+
+class Forked(subprocess.Popen[bytes]):
+    """What a supervisor that was forked from the zygote starts, as `subprocess.Popen` has it: a fork of the
+    supervisor, whose streams it has.
+    """
+
+    def _execute_child(self, *arguments: Any) -> None:
+        given = by_name(arguments)
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid:
+            self._child_created = True
+            return
+        code = 1
+        try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if given["start_new_session"]:
+                os.setsid()
+            given["preexec_fn"]()
+            os.environ.update(given["env"])
+            _, _, _, *arguments_ = given["args"]  # python -m surefoot
+            sys.argv = ["surefoot", *arguments_]
+            surefoot.cli.main.main()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+
+def by_name(arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """What `subprocess.Popen._execute_child` got."""
+    names = list(inspect.signature(subprocess.Popen._execute_child).parameters)[1:]
+    return dict(zip(names, arguments, strict=True))
 
 
 def serve(tests: socket.socket) -> None:
@@ -97,6 +138,7 @@ def become(request: dict[str, Any], streams: array.array[int] | list[int]) -> No
     numpy.random.seed()  # Python's own generator is seeded anew by the fork
     sys.path[0] = request["folder"]
     sys.argv = ["surefoot", *request["arguments"]]
+    surefoot.launch.supervise.subprocess = SimpleNamespace(Popen=Forked)
 
 
 if __name__ == "__main__":
@@ -111,6 +153,7 @@ if __name__ == "__main__":
     import surefoot.cli.export
     import surefoot.cli.main
     import surefoot.cli.replay
+    import surefoot.launch.supervise
 
     gc.freeze()
     serve(socket.socket(fileno=int(sys.argv[1])))

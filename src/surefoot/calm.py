@@ -73,8 +73,8 @@ def calm_steps(
     """
     assert course.graph is not None
     state, guard = course.state, course.parts.guard
-    direct, take = course.graph.direct(state.step)
-    most, bounds = min(most, direct, guard.calm_for(state.step)), guard.lets_pass(state.step)
+    direct, take = course.graph.direct(state.step, guard.lets_pass(state.step))
+    most = min(most, direct, guard.calm_for(state.step))
     taken: list[tuple[Label, list[float], float]] = []
     batch, alarm, multiplier = None, None, 0.0
     try:
@@ -82,7 +82,7 @@ def calm_steps(
             batch = next_batch(batches, course.stop, clock)
             without_holes, multiplier = to_be_taken(course, batch)
             with phase("compiled step"):
-                numbers = take(without_holes, multiplier, bounds)
+                numbers = take(without_holes, multiplier)
             if numbers is None:
                 break
             state.step += 1

@@ -26,7 +26,7 @@ from surefoot.types import Minibatch, Tree, leaves
 _YES = torch.tensor(True)
 CHECK_EVERY = 400
 
-Take = Callable[[Minibatch, float, tuple[float, float]], "list[float] | None"]
+Take = Callable[[Minibatch, float], "list[float] | None"]
 
 
 class Graph:
@@ -52,7 +52,7 @@ class Graph:
         others = [p.detach() for name, p in named.items() if name not in trained]
         self._update = FunctionalUpdate(parts.updater.optimizer, self._trained)
         self._buffers = list(parts.buffers.changing)
-        self._form = _form(batch.data, leaves(batch.data))
+        self._form, self._num_rows = _form(batch.data, leaves(batch.data)), batch.num_rows
         traced = Traced(parts, trained, others, self._update, self._buffers, batch.num_rows)
         self._unchanged = Unchanged(parts.model, [parts.objective, *parts.transforms])
         self._weight = _kind(known_weight(parts, batch))
@@ -70,6 +70,7 @@ class Graph:
         self._bounds = torch.empty(3, dtype=torch.float64)
         self._rates = torch.empty(len(parts.base_lr), dtype=torch.float64)
         self._write_bounds, self._write_rates = self._bounds.numpy(), self._rates.numpy()
+        self._written: tuple[float, ...] = ()
 
     def __call__(self, batch: Minibatch, multiplier: float, *, check: bool = False) -> Attempt | None:
         """Attempts one update; None if it is one for `train_step`: nothing was changed then.
@@ -113,10 +114,10 @@ class Graph:
             self._trained, norms,
         )  # fmt: skip
 
-    def direct(self, step: int) -> tuple[int, Take | None]:
-        """How many steps from `step` on need no look at anything but their batch and what comes out; and
-        what takes one of them at a multiplier and within the guard's bounds for loss and norm: its numbers,
-        or None, with nothing changed, if it is unusual.
+    def direct(self, step: int, bounds: tuple[float, float]) -> tuple[int, Take | None]:
+        """How many steps from `step` on need no look at anything but what comes out; and what takes one of
+        them at a multiplier, within the guard's bounds for loss and norm: its numbers, or None, with
+        nothing changed, if it is unusual. Their batches are of the arrays that the first was of.
         """
         parts, whole = self._parts, self._whole
         if (
@@ -127,14 +128,19 @@ class Graph:
             return 0, None
         buffers, base_lr = parts.buffers.live(self._buffers), parts.base_lr
 
-        def take(batch: Minibatch, multiplier: float, bounds: tuple[float, float]) -> list[float] | None:
-            data, total = leaves(batch.data), known_weight(parts, batch)
-            if not self._usual(batch, data, total):
+        def take(batch: Minibatch, multiplier: float) -> list[float] | None:
+            total = known_weight(parts, batch)
+            if (
+                batch.weights is not None
+                or batch.num_rows != self._num_rows
+                or _kind(total) != self._weight
+            ):
                 return None
             self._write(*bounds, [lr * multiplier for lr in base_lr])
             if self._draws:
                 torch.default_generator.manual_seed(word(word(parts.draws, batch.slots.step), 0))
-            numbers: list[float] = whole.again([*data, *buffers, total, None])[0].tolist()
+            moving = [*leaves(batch.data), *buffers, total, None]
+            numbers: list[float] = whole.again(moving)[0].tolist()
             return numbers if numbers[3] else None
 
         return self.check_every - 1 - step % self.check_every, take
@@ -146,8 +152,11 @@ class Graph:
 
     def _write(self, loss_bound: float, norm_bound: float, rates: list[float]) -> None:
         far = FAR_FROM_OVERFLOW / max(1.0, *map(abs, rates))
-        self._write_bounds[:] = loss_bound, min(norm_bound, far), far
-        self._write_rates[:] = rates
+        bounds = loss_bound, min(norm_bound, far), far
+        if bounds != self._written:
+            self._write_bounds[:] = self._written = bounds
+        for i, rate in enumerate(rates):  # in place of a slice, which takes ten times as long
+            self._write_rates[i] = rate
 
     def _run(
         self, batch: Minibatch, data: list[Tensor], total: Any, check: bool

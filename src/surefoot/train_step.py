@@ -234,8 +234,7 @@ def share_of(losses: Tensor, weights: Tensor | None, total: Tensor | float | Non
     return weighted if total is None else weighted / total
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Rows that go through the model at once. micro: number of their logical micro-batch."""
 
     data: Tree

@@ -1,5 +1,8 @@
 """The loop is the loop that people write, to the bit."""
 
+import functools
+import sys
+import threading
 from functools import partial
 
 import numpy as np
@@ -16,6 +19,7 @@ from surefoot.optim.direct import sgd_step
 from surefoot.optim.gradients import global_norm
 from surefoot.optim.precision import Precision
 from surefoot.optim.specs import build_optimizer
+from surefoot.optim.uncompiled import without_compiler
 
 UPDATES = 200
 CASES = {
@@ -415,6 +419,57 @@ def test_a_hook_that_comes_while_the_run_goes_on_is_called(tmp_path):
         if out.step == 3:
             optimizers[-1].register_step_post_hook(lambda *_: seen.append(1))
     assert len(seen) == 5
+
+
+@pytest.mark.parametrize(
+    "spec", [sf.SGD(lr=0.01, momentum=0.9), sf.AdamW()], ids=lambda s: type(s).__name__
+)
+@pytest.mark.parametrize("wraps", [True, False])
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_step_that_somebody_put_in_the_place_of_torchs_is_called(
+    tmp_path, monkeypatch, spec, wraps, when
+):
+    """As libraries that watch a training do, for all optimizers of a class."""
+    kind, calls = getattr(torch.optim, type(spec).__name__), []
+    torch_s = kind.step
+
+    def step(self, closure=None):
+        calls.append(1)
+        return torch_s(self, closure)
+
+    put = partial(monkeypatch.setattr, kind, "step", functools.wraps(torch_s)(step) if wraps else step)
+    if when == "before":
+        put()
+    for outcome in sf.steps(recipe(optimizer=spec, until=6), out=tmp_path / "run"):
+        if outcome.step == 2 and when == "meanwhile":
+            put()
+    assert len(calls) == (6 if when == "before" else 3)
+
+
+def test_the_compiler_is_kept_out_by_several_threads(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    interval, failed = sys.getswitchinterval(), []
+
+    def enter():
+        try:
+            for _ in range(20_000):
+                with without_compiler():
+                    pass
+        except Exception as error:
+            failed.append(error)
+
+    sys.setswitchinterval(1e-7)
+    try:
+        threads = [threading.Thread(target=enter) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed
+    method = torch.optim.Optimizer.state_dict.__wrapped__
+    assert vars(method).get("__dynamo_disable") is not method
 
 
 def test_a_parameter_in_the_place_of_another_is_told(tmp_path):

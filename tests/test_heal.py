@@ -21,7 +21,7 @@ from test_kill import newest_step
 import surefoot as sf
 from surefoot.api import result, run_steps
 from surefoot.build import build
-from surefoot.guard.detect import LOSS_SPIKE
+from surefoot.guard.detect import LOSS_SPIKE, NOT_FINITE
 from surefoot.guard.history import History, Intervention
 from surefoot.guard.judge import Judge
 from surefoot.guard.review import Alarm
@@ -96,6 +96,16 @@ def test_half_the_first_loss_is_a_spike_where_it_lasts_only():
     found = [p.verdict for p in verdicts([(10.0, 1.0), *calm, (7.0, 1.0), *calm, (7.0, 1.0), (7.0, 1.0)])]
     assert not any(found[:-1])
     assert found[-1] == LOSS_SPIKE
+
+
+@pytest.mark.parametrize("host", [True, False])
+def test_an_infinite_loss_is_refused_however_large_the_usual_ones_are(host):
+    judge = Judge(torch.device("cpu"), on_host=host)
+    huge, one, infinite = map(judge.tensor_or_float, (9e307, 1.0, math.inf))
+    for _ in range(64):
+        judge.take(huge, one)
+    assert judge.take(infinite, one).verdict == NOT_FINITE
+    assert judge.take(one, infinite).verdict == NOT_FINITE
 
 
 @given(st.lists(st.tuples(numbers, numbers.map(abs)), min_size=1, max_size=150), numbers, numbers.map(abs))
@@ -442,9 +452,14 @@ def with_data(changed, x, y, until):
     return sf.Recipe(**(fields | {"data": sf.Arrays(x, y), "until": until}))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed",
+    [seed if seed in (0, 1, 2, 7) else pytest.param(seed, marks=pytest.mark.soak) for seed in range(13)],
+)
 def test_bad_samples_are_named_and_few_others(tmp_path, seed):
-    """20 of 5,000: not a number; 10,000 times too large and mislabelled. All of them do harm."""
+    """20 of 5,000: not a number; 10,000 times too large and mislabelled. All of them do harm. With seed 7
+    one is in the first batch, before which nothing is known to be usual.
+    """
     x, y = mixture(7 + seed, 5000)
     calm = sf.fit(with_data(base(seed, sf.Guard()), x, y, "6ep"), out=tmp_path / "clean")
     assert sf.open_run(calm.run_dir).summary()["quarantined"] == []

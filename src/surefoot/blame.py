@@ -105,6 +105,12 @@ def outliers(batch: Minibatch, losses: Tensor) -> tuple[int, ...]:
     return _ids(batch, (wild | ~torch.isfinite(losses)) & real)
 
 
+def usual_loss(batch: Minibatch, losses: Tensor) -> float:
+    """The mean loss of the samples that do not stand out; NaN if there are none."""
+    ids = torch.from_numpy(np.isin(batch.slots.ids, (HOLE, *outliers(batch, losses))))
+    return losses[~ids.to(losses.device)].double().mean().item()
+
+
 def _ids(batch: Minibatch, which: Tensor) -> tuple[int, ...]:
     chosen = batch.slots.ids[which.cpu().numpy()]
     return tuple(int(i) for i in chosen if i != HOLE)

@@ -17,7 +17,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from surefoot.blame import usual_loss
 from surefoot.compiled import ChangedError
 from surefoot.data.feed import Feed, leave_out
 from surefoot.data.plan import Cadence
@@ -123,7 +125,10 @@ def update(course: Course, batch: Minibatch) -> tuple[Minibatch, float, Attempt]
             state.eager_from = state.step
             course.told.event("uncompiled", step=state.step)
     if attempt is None:
-        attempt = train_step(course.parts, batch, multiplier)
+        each: list[Tensor] | None = [] if state.step == 0 and course.parts.guard.on else None
+        attempt = train_step(course.parts, batch, multiplier, each=each)
+        if each:
+            course.parts.guard.reviewed.untrained = usual_loss(batch, torch.cat(each))
     state.step += 1
     state.samples += batch.slots.num_samples
     return batch, multiplier, attempt

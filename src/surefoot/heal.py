@@ -314,7 +314,10 @@ class Healer:
                 [Intervention("hold_rate", target, at, calm)],
             )
         slow = alarm.detector == "D6"
-        ids = () if slow else self._suspects(alarm, target, history, replay)
+        if not slow:
+            ids = self._suspects(alarm, target, history, replay)
+        else:
+            ids = self._suspects_at_first(history, replay) if target == 0 else ()
         if ids and self._may_quarantine(ids):
             yield f"{len(ids)} samples left out", [Intervention("quarantine", target, at, 0.0, ids)]
         self._go_back(target, history, replay)
@@ -347,6 +350,13 @@ class Healer:
             found |= set(outliers(batch, losses_of(self.parts, batch)))
         looked_at = (last + 1 - max(target, alarm.onset - 1)) * self.feed.plan.batch_size
         return tuple(sorted(found)) if len(found) <= max(_FEW, looked_at // 100) else ()
+
+    def _suspects_at_first(self, history: History, replay: Replay) -> tuple[int, ...]:
+        """Samples whose losses stand out in the first step, before which nothing is known to be usual."""
+        self._go_back(0, history, replay)
+        batch = self.batch(0)
+        found = outliers(batch, losses_of(self.parts, batch))
+        return found if len(found) <= _FEW else ()
 
     # ------------------------------------------------------------------ after a refused step
 

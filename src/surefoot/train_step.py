@@ -74,14 +74,16 @@ class Attempt(NamedTuple):
     norms: Tensor
 
 
-def train_step(parts: Parts, batch: Minibatch, multiplier: float) -> Attempt:
-    """Attempts one update at `multiplier` times the base rates.
+def train_step(
+    parts: Parts, batch: Minibatch, multiplier: float, *, each: list[Tensor] | None = None
+) -> Attempt:
+    """Attempts one update at `multiplier` times the base rates. The samples' losses are added to `each`.
 
     Raises:
         RecipeError: the objective returned something else than one loss per sample.
     """
     parts.buffers.remember()
-    loss, trained, grads, num_micro = _gradients(parts, batch)
+    loss, trained, grads, num_micro = _gradients(parts, batch, each)
     scale = parts.precision.scale
     norms = norms_of(grads)
     grad_norm = norm = torch.linalg.vector_norm(norms)
@@ -114,11 +116,13 @@ def train_step(parts: Parts, batch: Minibatch, multiplier: float) -> Attempt:
     )  # fmt: skip
 
 
-def _gradients(parts: Parts, batch: Minibatch) -> tuple[Tensor, list[nn.Parameter], list[Tensor], int]:
+def _gradients(
+    parts: Parts, batch: Minibatch, each: list[Tensor] | None = None
+) -> tuple[Tensor, list[nn.Parameter], list[Tensor], int]:
     """The loss of the batch, the parameters that get a gradient, these, and the number of passes."""
     for param in parts.params:
         param.grad = None
-    loss, num_micro = accumulate(parts, batch)
+    loss, num_micro = accumulate(parts, batch, each)
     trained = [param for param in parts.params if param.grad is not None]
     grads = [param.grad for param in trained if param.grad is not None]
     if not grads:
@@ -166,8 +170,9 @@ def losses_of(parts: Parts, batch: Minibatch) -> Tensor:
     return torch.cat(found)
 
 
-def accumulate(parts: Parts, batch: Minibatch) -> tuple[Tensor, int]:
-    """Adds up the gradient of the batch's loss; returns the loss (0-d) and the number of passes.
+def accumulate(parts: Parts, batch: Minibatch, each: list[Tensor] | None = None) -> tuple[Tensor, int]:
+    """Adds up the gradient of the batch's loss; returns the loss (0-d) and the number of passes. The
+    samples' losses, float[B] in all, are added to `each`.
 
     The batch's weight is known before the first backward pass if the objective can `weigh` or gives
     no weights; else sums are accumulated first and divided by it at the end.
@@ -181,6 +186,8 @@ def accumulate(parts: Parts, batch: Minibatch) -> tuple[Tensor, int]:
             before = torch.default_generator.get_state() if parts.physical < parts.micro else None
         with phase("forward"), parts.precision.forward(), parts.precision.attention():
             losses, weights = losses_and_weights(parts, piece.data, piece.num_rows, piece.weights)
+        if each is not None:
+            each.append(losses.detach().clone())  # a backward pass may reuse their memory
         if before is not None:
             _refuse_draws(parts, before)
         if total is None and (weights is None or len(pieces) == 1):

@@ -22,7 +22,7 @@ ALGORITHM = "argsort-feistel12-v1"
 _ROUNDS = 12
 _SMALL = 1 << 16
 _CHUNK = 1 << 16
-_BLOCK = 1 << 12  # of a chunk that is computed at once, to stay in a cache
+_BLOCK = 1 << 14  # of a chunk that is computed at once, to stay in a cache
 _TABLED = 1 << 14  # values of a half up to which their hashes are looked up
 
 

@@ -27,7 +27,7 @@ class Numbers:
 
     @staticmethod
     def where(condition: bool, yes: Any, no: Any) -> Any:
-        """One of the two."""
+        """One of the two, both of which exist."""
         return yes if condition else no
 
     @staticmethod

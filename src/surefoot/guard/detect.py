@@ -13,6 +13,7 @@ the norm itself are common where it is skewed (cf. ZClip, Kumar et al. 2025).
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, NamedTuple
 
 BURN_IN = 64
@@ -118,7 +119,8 @@ def calm_below(xp: Any, seen: Statistics, *, early: bool = False) -> tuple[float
     norm_deviation, loss_deviation = _deviations(xp, seen)
     above = max(bounds.long * norm_deviation, bounds.long_ratio)
     rise = max(bounds.wild_loss * loss_deviation, bounds.rise * abs(seen.mean), _HIGH * abs(seen.first))
-    return seen.mean + _NEARLY * rise, _NEARLY * math.exp(min(seen.log_mean + above, 700.0))
+    loss = min(seen.mean + _NEARLY * rise, sys.float_info.max)  # an infinite one is never fine
+    return loss, _NEARLY * math.exp(min(seen.log_mean + above, 700.0))
 
 
 def take_up(xp: Any, seen: Statistics, losses: Any, norms: Any) -> Statistics:
@@ -142,7 +144,7 @@ def take_up(xp: Any, seen: Statistics, losses: Any, norms: Any) -> Statistics:
 def begin(xp: Any, losses: Any, norms: Any) -> Statistics:
     """The statistics of the first steps, of which those count whose numbers are finite.
 
-    Without any that is, everything is usual, until `take_up` has adapted.
+    Without any that is, nearly everything is usual, until `take_up` has adapted.
     """
     finite = xp.finite(losses, norms)
     losses, norms = xp.kept(losses, finite), xp.kept(norms, finite)

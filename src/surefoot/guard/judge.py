@@ -113,7 +113,7 @@ class Judge:
         return {
             "losses": [float(x) for x in self._losses],
             "norms": [float(x) for x in self._norms],
-            "seen": None if seen is None else _kept(seen),
+            "seen": None if seen is None else _as_json(seen),
             "was_high": bool(self._was_high),
         }
 
@@ -130,7 +130,7 @@ class Judge:
         self._set_bounds()
 
 
-def _kept(seen: Statistics) -> list[Any]:
-    """As JSON."""
+def _as_json(seen: Statistics) -> list[Any]:
+    """As it is kept."""
     log_mean, log_var, mean, var, first = map(float, seen)
     return [[log_mean, mean], [log_var, var], first]

@@ -18,6 +18,7 @@ _MANY_SKIPS, _OF_STEPS = 8, 20
 _SKIPS = (1 << _OF_STEPS) - 1
 _HARD_STREAK = 4
 _COLLAPSE_BLOCKS, _COME_DOWN = 6, 0.1
+_OUTWEIGHED = 10.0
 _COLLAPSE_STEPS = _COLLAPSE_BLOCKS * BLOCK
 
 Detector = str
@@ -40,6 +41,8 @@ class Review:
     """Detectors over rows; call `look` with each, in order.
 
     age: rows seen. first: the first finite loss: before the first update, unless that was not finite.
+    untrained: the loss before the first update of samples that do not stand out: what `first` is if others
+    outweigh these, since a run that never came down would look as if it had.
     skips: a bit for each of the last steps, the newest lowest. waiting: losses not looked at yet. losses:
     medians of the last blocks of them.
     told_slow: that the loss does not come down has been looked into.
@@ -47,6 +50,7 @@ class Review:
 
     age: int = 0
     first: float = math.nan
+    untrained: float = math.nan
     level: float = math.nan
     spread: float = 0.0
     best: float = math.inf
@@ -115,6 +119,8 @@ class Review:
         """D3: has the loss left its best level for good?"""
         if math.isnan(self.level):
             self.first = self.level = losses[0]
+            if self.first > _OUTWEIGHED * abs(self.untrained):
+                self.first = self.untrained
         level, spread, best, above = self.level, self.spread, self.best, self.num_above
         far, counts, is_old = self._far(), not bears, self.age > BURN_IN
         for loss in losses:

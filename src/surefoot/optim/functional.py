@@ -20,6 +20,8 @@ from torch.optim.nadam import nadam
 from torch.optim.rmsprop import rmsprop
 from torch.optim.sgd import sgd
 
+from surefoot.optim.uncompiled import step_layers
+
 _ADAM = (adam, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"))
 _FUNCTIONS: dict[type[Optimizer], tuple[Callable[..., None], tuple[str, ...]]] = {
     torch.optim.SGD: (sgd, ("momentum_buffer",)),
@@ -80,7 +82,8 @@ class FunctionalUpdate:
 def known(optimizer: Optimizer) -> bool:
     """Whether there is a function for it."""
     hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    return type(optimizer) in _FUNCTIONS and "step" not in vars(optimizer) and not hooks
+    own = "step" in vars(optimizer) or not step_layers(optimizer)
+    return type(optimizer) in _FUNCTIONS and not own and not hooks
 
 
 def _settings(function: Callable[..., None], group: dict[str, Any]) -> dict[str, Any]:

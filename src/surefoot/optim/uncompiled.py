@@ -1,5 +1,5 @@
 """Torch's optimizers without torch's compiler. Some of their methods, and their step, import it when they
-are first called, to keep it out of them: more than a second of each start (benchmarks/start.py).
+are first called, to keep it out of them: a good part of a start (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -33,22 +33,35 @@ def without_compiler() -> Iterator[None]:
         yield
     finally:
         for method in plain:
-            delattr(method, _MARK)
+            if vars(method).get(_MARK) is method:
+                vars(method).pop(_MARK, None)  # another thread may have taken it off
 
 
 def bare_step(optimizer: Optimizer) -> Callable[[Optimizer], Any] | None:
     """The step of one of torch's own optimizers, without what torch puts around it: a mark for its
-    profiler, which is 5 % of the step of a small network, and a hint for the compiler. None where that is
-    not found as it is in torch 2.13.
+    profiler, and a hint for the compiler. None where it is not found as it is in torch 2.13, where somebody
+    has put another in its place, or where it is to be differentiated.
     """
-    marked = type(optimizer).step
-    hinted = getattr(marked, "__wrapped__", None) if getattr(marked, "hooked", False) else None
-    step = getattr(hinted, "__wrapped__", None)
-    if step is None or any(group.get("differentiable") for group in optimizer.param_groups):
-        return hinted
+    layers = step_layers(optimizer)
+    if len(layers) != 3 or any(group.get("differentiable") for group in optimizer.param_groups):
+        return None
+    step = layers[-1]
 
     def bare(optimizer: Optimizer) -> None:
         with torch.no_grad():
             step(optimizer)
 
     return bare
+
+
+def step_layers(optimizer: Optimizer) -> list[Callable[..., Any]]:
+    """The step of one of torch's own optimizers in its wrappers, the outermost first; none if any of them
+    is not torch's.
+    """
+    kind = type(optimizer)
+    torchs = {sys.modules[cls.__module__].__file__ for cls in kind.__mro__ if issubclass(cls, Optimizer)}
+    layers: list[Any] = [kind.step]
+    while hasattr(layers[-1], "__wrapped__"):
+        layers.append(layers[-1].__wrapped__)
+    codes = [getattr(layer, "__code__", None) for layer in layers]
+    return layers if all(code is not None and code.co_filename in torchs for code in codes) else []

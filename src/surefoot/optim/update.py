@@ -54,6 +54,7 @@ class Updater:
         half = any(p.dtype == torch.float16 for p in self.params)  # in which 1e-8 is zero
         self.well_known = type(optimizer) in _WELL_KNOWN and not half
         self.well_known &= all(g.get("eps") != 0 and abs(g.get("momentum") or 0.0) < 1 for g in groups)
+        self._step = type(optimizer).step
         self._bare_step = bare_step(optimizer) if type(optimizer) in _WELL_KNOWN else None
         if self._asks_device:
             self._create_momentum()
@@ -103,7 +104,7 @@ class Updater:
             before.take(self.params)
         if self._asks_device:
             self.optimizer.found_inf = (~permitted).float()  # type: ignore[attr-defined]
-        if self._bare_step is None or _is_hooked(self.optimizer):
+        if self._bare_step is None or self._is_hooked():
             self.optimizer.step()
         elif self._asks_device or not sgd_step(self.optimizer):
             self._bare_step(self.optimizer)
@@ -121,6 +122,20 @@ class Updater:
                 undo()
             return torch.zeros_like(self._unmeasured), ~permitted
         return moved / size, permitted
+
+    def _is_hooked(self) -> bool:
+        """Whether somebody is to be told of a step: by a hook, which the caller may add at any time, a
+        wrapper, or torch's profiler.
+        """
+        return bool(
+            self.optimizer._optimizer_step_pre_hooks
+            or self.optimizer._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or "step" in vars(self.optimizer)
+            or type(self.optimizer).step is not self._step
+            or torch._C._autograd._profiler_enabled()
+        )
 
     def set_rates(self, multiplier: float, base: Sequence[float]) -> None:
         """Sets the rates ``base[group] * multiplier``."""
@@ -143,20 +158,6 @@ class Updater:
     def finite(self) -> bool:
         """Whether all weights are."""
         return math.isfinite(global_norm(self.params).item())
-
-
-def _is_hooked(optimizer: Optimizer) -> bool:
-    """Whether somebody is to be told of a step: by a hook, which the caller may add at any time, a wrapper,
-    or torch's profiler.
-    """
-    return bool(
-        optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or _global_optimizer_pre_hooks
-        or _global_optimizer_post_hooks
-        or "step" in vars(optimizer)
-        or torch._C._autograd._profiler_enabled()
-    )
 
 
 class _Undo:

@@ -16,6 +16,8 @@ from surefoot.types import HOLE, Minibatch, leaves
 _MOST = 8
 """To blame in one step; with more it is the step itself that is wrong."""
 _OUTLIER = 10.0
+_ENOUGH = 16
+"""Samples: of fewer one that is common often seems to stand out."""
 
 
 class Blame(NamedTuple):
@@ -106,9 +108,11 @@ def outliers(batch: Minibatch, losses: Tensor) -> tuple[int, ...]:
 
 
 def usual_loss(batch: Minibatch, losses: Tensor) -> float:
-    """The mean loss of the samples that do not stand out; NaN if there are none."""
-    ids = torch.from_numpy(np.isin(batch.slots.ids, (HOLE, *outliers(batch, losses))))
-    return losses[~ids.to(losses.device)].double().mean().item()
+    """The mean loss of the samples that do not stand out; NaN if there are too few to tell."""
+    if batch.slots.num_samples < _ENOUGH:
+        return math.nan
+    out = torch.from_numpy(np.isin(batch.slots.ids, (HOLE, *outliers(batch, losses))))
+    return losses[~out.to(losses.device)].double().mean().item()
 
 
 def _ids(batch: Minibatch, which: Tensor) -> tuple[int, ...]:

@@ -590,6 +590,7 @@ def test_the_guards_state_survives_json(host):
         one.permit(loss, norm, step=step, scaled=False)
         one.review(step=step, loss=loss.item(), verdict=0, permitted=True, expected=False)
     one.layers.look("ab", [1e-9, 1.0])
+    one.reviewed.untrained = 0.5
     one.pending = Alarm("D3", 90, 70, "why")
     one.history = one.history.with_(Intervention("quarantine", 3, 2, 0.0, (5,)))
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))

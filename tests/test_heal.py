@@ -20,6 +20,7 @@ from test_kill import newest_step
 
 import surefoot as sf
 from surefoot.api import result, run_steps
+from surefoot.blame import usual_loss
 from surefoot.build import build
 from surefoot.guard.detect import LOSS_SPIKE, NOT_FINITE
 from surefoot.guard.history import History, Intervention
@@ -27,6 +28,7 @@ from surefoot.guard.judge import Judge
 from surefoot.guard.review import Alarm
 from surefoot.operations import Operations
 from surefoot.record.folder import RunFolder
+from surefoot.types import Minibatch, Slots
 
 BY_NUMBER = {s.number: s for s in SCENARIOS}
 MUST_BREAK = (1, 2, 3, 4, 5, 7, 8, 10, 11, 12)
@@ -475,6 +477,37 @@ def test_bad_samples_are_named_and_few_others(tmp_path, seed):
     assert done.status == "finished"
     assert done.metrics["accuracy"] >= 0.99 * calm.metrics["accuracy"]
     assert sf.open_run(done.run_dir).verify() == []
+
+
+@pytest.mark.parametrize(
+    ("losses", "usual"),
+    [
+        ([2.0] * 15 + [2.3], 2.01875),
+        ([2.0] * 62 + [3000.0, math.nan], 2.0),  # what stands out, and what is no number
+        ([2.0] * 14 + [3000.0], None),  # too few
+        ([0.0] * 50 + [2.0] * 14, None),  # too many stand out
+        ([math.nan] * 50 + [2.0] * 14, None),
+        ([-2.0, -2.1] * 10, -2.05),
+    ],
+)
+def test_the_usual_loss_of_a_batch(losses, usual):
+    batch = Minibatch(Slots(0, 0, np.arange(len(losses)), None, len(losses)), None, None, len(losses))
+    found = usual_loss(batch, torch.tensor(losses))
+    assert math.isnan(found) if usual is None else found == pytest.approx(usual)
+
+
+def test_samples_that_weigh_nothing_say_nothing_of_the_first_loss(fit):
+    """Most of them, with a loss of zero: the first loss is that of the others."""
+
+    def objective(model, data):
+        x, y = data
+        weights = (x[:, 0] > x[:, 0].quantile(0.8)).float()
+        losses = torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+        return losses * weights, weights
+
+    changed = {"objective": objective, "batch": sf.Batch(64), "optimizer": sf.SGD(lr=0.01), "until": 400}
+    run = sf.open_run(fit(**changed).run_dir)
+    assert not [e for e in run.events() if e["kind"] in ("alarm", "rolled_back")]
 
 
 def test_a_lasting_rise_that_the_data_explain_is_borne(tmp_path):

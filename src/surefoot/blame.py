@@ -108,11 +108,15 @@ def outliers(batch: Minibatch, losses: Tensor) -> tuple[int, ...]:
 
 
 def usual_loss(batch: Minibatch, losses: Tensor) -> float:
-    """The mean loss of the samples that do not stand out; NaN if there are too few to tell."""
-    if batch.slots.num_samples < _ENOUGH:
+    """The mean loss of the samples that do not stand out; NaN if there are too few to tell, or if so many
+    stand out that it is nothing unusual. Losses that are no numbers do not count.
+    """
+    finite = torch.isfinite(losses) & torch.from_numpy(batch.slots.ids != HOLE).to(losses.device)
+    out = torch.from_numpy(np.isin(batch.slots.ids, outliers(batch, losses))).to(losses.device)
+    usual = losses[finite & ~out]
+    if len(usual) < _ENOUGH or int((finite & out).sum()) > len(losses) // 8:
         return math.nan
-    out = torch.from_numpy(np.isin(batch.slots.ids, (HOLE, *outliers(batch, losses))))
-    return losses[~out.to(losses.device)].double().mean().item()
+    return usual.double().mean().item()
 
 
 def _ids(batch: Minibatch, which: Tensor) -> tuple[int, ...]:

@@ -172,7 +172,7 @@ def losses_of(parts: Parts, batch: Minibatch) -> Tensor:
 
 def accumulate(parts: Parts, batch: Minibatch, each: list[Tensor] | None = None) -> tuple[Tensor, int]:
     """Adds up the gradient of the batch's loss; returns the loss (0-d) and the number of passes. The
-    samples' losses, float[B] in all, are added to `each`.
+    samples' losses, float[B] in all and NaN where they weigh nothing, are added to `each`.
 
     The batch's weight is known before the first backward pass if the objective can `weigh` or gives
     no weights; else sums are accumulated first and divided by it at the end.
@@ -186,8 +186,9 @@ def accumulate(parts: Parts, batch: Minibatch, each: list[Tensor] | None = None)
             before = torch.default_generator.get_state() if parts.physical < parts.micro else None
         with phase("forward"), parts.precision.forward(), parts.precision.attention():
             losses, weights = losses_and_weights(parts, piece.data, piece.num_rows, piece.weights)
-        if each is not None:
-            each.append(losses.detach().clone())  # a backward pass may reuse their memory
+        if each is not None:  # a copy: a backward pass may reuse their memory
+            found = losses.detach().clone()
+            each.append(found if weights is None else torch.where(weights > 0, found, torch.nan))
         if before is not None:
             _refuse_draws(parts, before)
         if total is None and (weights is None or len(pieces) == 1):

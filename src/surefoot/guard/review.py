@@ -119,7 +119,7 @@ class Review:
         """D3: has the loss left its best level for good?"""
         if math.isnan(self.level):
             self.first = self.level = losses[0]
-            if self.first > _OUTWEIGHED * abs(self.untrained):
+            if 0 < _OUTWEIGHED * abs(self.untrained) < self.first:
                 self.first = self.untrained
         level, spread, best, above = self.level, self.spread, self.best, self.num_above
         far, counts, is_old = self._far(), not bears, self.age > BURN_IN

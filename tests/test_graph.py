@@ -240,7 +240,7 @@ def test_nearly_all_steps_are_compiled_and_most_of_them_settled_together(tmp_pat
     eager, together = [], []
     step_by_step, settle = course.train_step, calm.settle_calm
     monkeypatch.setattr(
-        course, "train_step", lambda *of: eager.append(of[1].slots.step) or step_by_step(*of)
+        course, "train_step", lambda *of, **how: eager.append(of[1].slots.step) or step_by_step(*of, **how)
     )
     monkeypatch.setattr(
         calm,

@@ -155,7 +155,7 @@ class Graph:
         bounds = loss_bound, min(norm_bound, far), far
         if bounds != self._written:
             self._write_bounds[:] = self._written = bounds
-        for i, rate in enumerate(rates):  # in place of a slice, which takes ten times as long
+        for i, rate in enumerate(rates):  # one by one: a slice takes longer for a few
             self._write_rates[i] = rate
 
     def _run(

@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scenarios import SCENARIOS, _mislabel, base, mixture, play, spoiling
 from test_kill import newest_step
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import surefoot as sf
 from surefoot.api import result, run_steps
@@ -98,6 +99,26 @@ def test_half_the_first_loss_is_a_spike_where_it_lasts_only():
     found = [p.verdict for p in verdicts([(10.0, 1.0), *calm, (7.0, 1.0), *calm, (7.0, 1.0), (7.0, 1.0)])]
     assert not any(found[:-1])
     assert found[-1] == LOSS_SPIKE
+
+
+def test_a_device_is_not_waited_for():
+    """No number goes there from the host, or comes back, after the burn-in."""
+
+    class Seen(TorchDispatchMode):
+        names = frozenset()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            Seen.names |= {function.name()}
+            return function(*args, **(kwargs or {}))
+
+    judge, one = Judge(torch.device("cpu"), on_host=False), torch.tensor(1.0, dtype=torch.float64)
+    for _ in range(64):
+        judge.take(one, one)
+    with Seen():
+        for _ in range(64):
+            judge.take(one, one)
+    assert "aten::exp" in Seen.names
+    assert not {"aten::lift_fresh", "aten::_local_scalar_dense"} & Seen.names
 
 
 @pytest.mark.parametrize("host", [True, False])

@@ -90,7 +90,9 @@ class Tensors:
 
     def number(self, value: Any) -> Tensor:
         """A 0-d tensor."""
-        return torch.as_tensor(value, dtype=torch.float64, device=self._device)
+        if isinstance(value, Tensor):
+            return value.to(self._device, torch.float64)
+        return torch.full((), value, dtype=torch.float64, device=self._device)  # a copy would wait
 
     @staticmethod
     def median(values: Tensor) -> Tensor:

@@ -133,9 +133,9 @@ def counted(built, monkeypatch):
     """How many steps were taken as calm ones."""
     settle, num = calm.settle_calm, [0]
 
-    def counting(run, taken):
+    def counting(run, taken, num_certain):
         num[0] += len(taken)
-        return settle(run, taken)
+        return settle(run, taken, num_certain)
 
     with monkeypatch.context() as patch:
         patch.setattr(calm, "settle_calm", counting)
@@ -167,7 +167,7 @@ def test_the_optimizer_has_the_rate_of_the_last_step(tmp_path, monkeypatch):
 
     def stopped(run, taken):
         run.stop.reason = "SIGTERM"
-        return settle(run, taken)
+        return settle(run, taken, num_certain)
 
     monkeypatch.setattr(calm, "settle_calm", stopped)
     built = build(recipe(schedule=sf.linear(), until=600), RunFolder(tmp_path / "run"), compiled())

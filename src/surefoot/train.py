@@ -125,7 +125,9 @@ def _attempt(run: Run) -> Generator[Outcome, None, str]:
 
 
 def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None, str]:
-    """Updates until the run ends, or, with an empty status, until the guard's alarm."""
+    """Updates until the run ends, or, with an empty status, until the guard's alarm, or until batches are
+    needed again.
+    """
     state, parts, record = run.state, run.parts, run.record
     next_validation = run.validate.after(state.step) if run.validate else run.total + 1
     keeper, clock, begun = run.keeper, Clock(), time.perf_counter()
@@ -143,8 +145,8 @@ def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None,
         try:
             batch = None
             if clock.boundary < clock.calm_until and (most := run.undisturbed(next_validation)) > 0:
-                num_taken, batch, alarm = calm_steps(run, batches, clock, most=most)
-                if alarm is not None:
+                num_taken, batch, alarm, undone = calm_steps(run, batches, clock, most=most)
+                if alarm is not None or undone:
                     parts.guard.pending = alarm
                     return ""
                 if batch is None and num_taken:

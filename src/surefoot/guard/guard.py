@@ -91,6 +91,7 @@ def _refused_for_good(num: int, step: int, verdict: int) -> Stop:
 
 
 _ANY = 1 << 30
+_MARGIN = 0.1  # of bounds: what is usual moves by less from one block of steps to the next, nearly always
 _YES, _NO = torch.tensor(True), torch.tensor(False)
 _GO = Permit(_YES, 0.0, 1.0)
 
@@ -171,6 +172,28 @@ class Watch:
             return None
         self.judge.take_calm(losses, norms)
         return self.reviewed.look_at_calm(step, losses)
+
+    def likely_to_pass(self) -> tuple[float, float]:
+        """As `lets_pass`, for steps after those of `calm_for`: nearly certainly below what it will be then.
+        """
+        loss, norm = self.judge.certain_below()
+        return loss - _MARGIN * abs(loss), norm - _MARGIN * norm
+
+    def take_ahead(self, step: int, losses: Sequence[float], norms: Sequence[float]) -> tuple[bool, Alarm | None]:
+        """As `take_calm`, for steps beyond those of `calm_for`. Whether each was within the bounds for it, and
+        none before the last raises an alarm; if not, nothing is taken up.
+        """
+        judge, reviewed, done = self.judge.copy(), self.reviewed.copy(), 0
+        alarm, first = None, step + 1 - len(losses)
+        while done < len(losses):
+            end = done + min(self.calm_for(first + done), len(losses) - done)
+            of_loss, of_norm = losses[done:end], norms[done:end]
+            most_loss, most_norm = self.lets_pass(first + done)
+            if alarm or end == done or max(of_loss) > most_loss or max(of_norm) > most_norm:
+                self.judge, self.reviewed = judge, reviewed
+                return False, None
+            alarm, done = self.take_calm(first + end - 1, of_loss, of_norm), end
+        return True, alarm
 
     def permit_on_host(self, loss: float, norm: float, *, step: int, scaled: bool) -> Permit:
         """`permit`, with numbers."""

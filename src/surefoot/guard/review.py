@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from surefoot.guard.detect import BLOCK, BURN_IN, FINE, NOT_FINITE, SAT_OUT
@@ -158,6 +158,10 @@ class Review:
     def learns(self) -> bool:
         """Whether the loss has come down from where it began."""
         return statistics.median(self.losses) <= self.first - _COME_DOWN * abs(self.first)
+
+    def copy(self) -> Review:
+        """One that goes on from here by itself."""
+        return replace(self, waiting=self.waiting.copy(), losses=self.losses.copy())
 
     def state_dict(self) -> dict[str, Any]:
         """JSON."""

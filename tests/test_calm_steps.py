@@ -134,8 +134,9 @@ def counted(built, monkeypatch):
     settle, num = calm.settle_calm, [0]
 
     def counting(run, taken, num_certain):
-        num[0] += len(taken)
-        return settle(run, taken, num_certain)
+        settled = settle(run, taken, num_certain)
+        num[0] += settled[0]
+        return settled
 
     with monkeypatch.context() as patch:
         patch.setattr(calm, "settle_calm", counting)
@@ -165,7 +166,7 @@ def test_a_profile_ends_with_its_steps(tmp_path, monkeypatch):
 def test_the_optimizer_has_the_rate_of_the_last_step(tmp_path, monkeypatch):
     settle = calm.settle_calm
 
-    def stopped(run, taken):
+    def stopped(run, taken, num_certain):
         run.stop.reason = "SIGTERM"
         return settle(run, taken, num_certain)
 

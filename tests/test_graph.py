@@ -242,11 +242,13 @@ def test_nearly_all_steps_are_compiled_and_most_of_them_settled_together(tmp_pat
     monkeypatch.setattr(
         course, "train_step", lambda *of, **how: eager.append(of[1].slots.step) or step_by_step(*of, **how)
     )
-    monkeypatch.setattr(
-        calm,
-        "settle_calm",
-        lambda run, taken: together.append(len(taken)) or settle(run, taken),
-    )
+
+    def counting(*of):
+        settled = settle(*of)
+        together.append(settled[0])
+        return settled
+
+    monkeypatch.setattr(calm, "settle_calm", counting)
     ordinary = [outcome.step for outcome in run_steps(built)]
     assert eager == [0]
     assert len(ordinary) + sum(together) == 1000
@@ -335,10 +337,11 @@ def test_a_run_that_is_continued_where_all_is_checked_goes_on_with_what_was_kept
 def test_a_stop_is_heeded_after_calm_steps_without_waiting_for_a_batch(tmp_path, monkeypatch):
     settle, last = calm.settle_calm, []
 
-    def asked(run, taken):
+    def asked(run, taken, num_certain):
         run.stop.reason = "SIGTERM"
-        last.append(taken[-1][0].slots.step)
-        return settle(run, taken)
+        settled = settle(run, taken, num_certain)
+        last.append(taken[settled[0] - 1].label.slots.step)
+        return settled
 
     monkeypatch.setattr(calm, "settle_calm", asked)
     done, _ = run(recipe(until=700), tmp_path / "run", Operations(compute={"compile": "on"}))

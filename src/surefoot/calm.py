@@ -69,8 +69,9 @@ def next_batch(batches: Iterator[Minibatch], stop: StopRequest, clock: Clock) ->
 
 
 class Stretch(NamedTuple):
-    """Some calm steps. num: how many. batch: the one after them, if it turned out to be an unusual one. alarm:
-    the guard's, if it has one. undone: steps after these were taken back: their batches are needed again.
+    """Some calm steps. num: how many. batch: the one after them, if it turned out to be an unusual one.
+    alarm: the guard's, if it has one. undone: steps after these were taken back: their batches are needed
+    again.
     """
 
     num: int
@@ -82,9 +83,9 @@ class Stretch(NamedTuple):
 def calm_steps(course: Course, batches: Iterator[Minibatch], clock: Clock, *, most: int) -> Stretch:
     """Takes that many steps at most, while they are calm, and settles them together.
 
-    The first of them are certain to be: until the guard takes up a block of numbers, its bounds are what they
-    are. Those that follow are taken on trust, within narrower bounds, and looked at afterwards; if one was not
-    within the bounds that it should have had, all of them are undone, and taken again one block at a time.
+    The first of them are certain to be: until the guard takes up a block of numbers, its bounds are what
+    they are. Those that follow are taken on trust, within narrower bounds, and looked at afterwards; if one
+    was not within the bounds that it should have had, all are undone, and taken again block by block.
     """
     assert course.graph is not None
     state, guard, graph = course.state, course.parts.guard, course.graph

@@ -26,8 +26,7 @@ from surefoot.data.plan import Cadence
 from surefoot.errors import RecipeError
 from surefoot.graph import Graph
 from surefoot.guard.detect import FINE, GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE, SAT_OUT
-from surefoot.guard.guard import Stop
-from surefoot.guard.review import Alarm
+from surefoot.guard.review import Alarm, Stop
 from surefoot.heal import Healer, Row, StopAskedError, same_row
 from surefoot.measure.evaluate import Evaluation
 from surefoot.measure.profile import phase
@@ -217,7 +216,7 @@ def settle(course: Course, label: Label | None, attempt: Attempt | None) -> Alar
 
 
 class Calm(NamedTuple):
-    """A step that a graph took as a calm one, and when it ended."""
+    """A step that a graph took as a calm one. ended: when."""
 
     label: Label
     multiplier: float

@@ -27,8 +27,8 @@ _YES = torch.tensor(True)
 CHECK_EVERY = 400
 
 Take = Callable[[Minibatch, float, tuple[float, float]], "list[float] | None"]
-"""What takes a step with this batch, at this multiplier, within bounds for loss and norm: its numbers, or None,
-with nothing changed, if it is unusual.
+"""What takes a step with this batch, at this multiplier, within bounds for loss and norm: its numbers, or
+None, with nothing changed, if it is unusual.
 """
 
 
@@ -131,9 +131,7 @@ class Graph:
             return 0, None
         buffers, base_lr = parts.buffers.live(self._buffers), parts.base_lr
 
-        def take(
-            batch: Minibatch, multiplier: float, bounds: tuple[float, float]
-        ) -> list[float] | None:
+        def take(batch: Minibatch, multiplier: float, bounds: tuple[float, float]) -> list[float] | None:
             total = known_weight(parts, batch)
             if (
                 batch.weights is not None

@@ -26,9 +26,8 @@ from surefoot.checkpoint.snapshot import Snapshot
 from surefoot.checkpoint.store import DirectoryStore
 from surefoot.data.feed import Feed, leave_out
 from surefoot.errors import StateError
-from surefoot.guard.guard import Stop
 from surefoot.guard.history import History, Intervention
-from surefoot.guard.review import Alarm
+from surefoot.guard.review import Alarm, Stop
 from surefoot.optim.schedules import Resolved
 from surefoot.state import RunState
 from surefoot.train_step import Parts, losses_of, probe

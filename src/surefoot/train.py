@@ -31,9 +31,8 @@ from surefoot.course import (
     validation_due,
 )
 from surefoot.errors import StateError, SurefootError, failure_class
-from surefoot.guard.guard import Stop
 from surefoot.guard.hang import HangWatch
-from surefoot.guard.review import Alarm
+from surefoot.guard.review import Alarm, Stop
 from surefoot.heal import EVERY, Row, StopAskedError
 from surefoot.keep import Keeper
 from surefoot.measure.profile import Profile, phase
@@ -110,7 +109,7 @@ def steps(run: Run) -> Generator[Outcome, None, None]:
 
 def _attempt(run: Run) -> Generator[Outcome, None, str]:
     """Updates from `state.step` on; returns the status that the run ends with."""
-    guard = run.parts.guard
+    guard, begun = run.parts.guard, time.perf_counter()
     while True:
         if guard.pending is not None:
             status = _heal(run, guard.pending)
@@ -119,18 +118,18 @@ def _attempt(run: Run) -> Generator[Outcome, None, str]:
         if validation_due(run) and run_validation(run) is None:
             return "preempted"
         with closing(run.feed.batches(run.state.step, run.total)) as batches:  # else workers outlive errors
-            status = yield from _updates(run, batches)
+            status = yield from _updates(run, batches, begun)
         if status:
             return status
 
 
-def _updates(run: Run, batches: Iterator[Minibatch]) -> Generator[Outcome, None, str]:
+def _updates(run: Run, batches: Iterator[Minibatch], begun: float) -> Generator[Outcome, None, str]:
     """Updates until the run ends, or, with an empty status, until the guard's alarm, or until batches are
-    needed again.
+    needed again. begun: when the attempt did.
     """
     state, parts, record = run.state, run.parts, run.record
     next_validation = run.validate.after(state.step) if run.validate else run.total + 1
-    keeper, clock, begun = run.keeper, Clock(), time.perf_counter()
+    keeper, clock = run.keeper, Clock()
     while state.step < run.total and not state.stopped_early:
         if parts.strategy.agree(run.stop()):
             return "preempted"

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from surefoot.errors import RecipeError
-from surefoot.guard.detect import FINE, LOSS_SPIKE, NOT_FINITE, SAT_OUT
+from surefoot.guard.detect import FINE, NOT_FINITE, SAT_OUT
 from surefoot.guard.history import History
 from surefoot.guard.judge import CALM, Judge
 from surefoot.guard.layers import Layers
-from surefoot.guard.review import Alarm, Review
+from surefoot.guard.review import Alarm, Review, Stop, refused_for_good
 from surefoot.types import check_fields
 
 
@@ -59,35 +59,12 @@ class Guard:
         return Watch(self, device)
 
 
-class Stop(NamedTuple):
-    """A verdict of the review: end the run, and why."""
-
-    reason: str
-    fix: str
-
-
 class Permit(NamedTuple):
     """permitted: bool, 0-d, on the device. verdict, clip: see `Decision`; numbers on a CPU, else 0-d."""
 
     permitted: Tensor
     verdict: float | Tensor
     clip: float | Tensor
-
-
-def _refused_for_good(num: int, step: int, verdict: int) -> Stop:
-    told = f"{num} updates in a row were refused, up to step {step}: "
-    if verdict in (NOT_FINITE, FINE):  # fine in itself, or nobody looked; but not what came of it
-        return Stop(
-            told + "loss, gradient or update is not finite whatever the batch.",
-            "Lower the learning rate, clip the gradient (clip_norm), or look for values in the data that "
-            "are not finite.",
-        )
-    what = "loss" if verdict == LOSS_SPIKE else "gradient"
-    return Stop(
-        told + f"the {what} stays far above what was usual before.",
-        'Look at what came into the data there, and at the rate; or Guard("watch"), if it is meant '
-        "to be so.",
-    )
 
 
 _ANY = 1 << 30
@@ -174,14 +151,15 @@ class Watch:
         return self.reviewed.look_at_calm(step, losses)
 
     def likely_to_pass(self) -> tuple[float, float]:
-        """As `lets_pass`, for steps after those of `calm_for`: nearly certainly below what it will be then.
-        """
+        """For steps after those of `calm_for`: most likely below what `lets_pass` will be then."""
         loss, norm = self.judge.certain_below()
         return loss - _MARGIN * abs(loss), norm - _MARGIN * norm
 
-    def take_ahead(self, step: int, losses: Sequence[float], norms: Sequence[float]) -> tuple[bool, Alarm | None]:
-        """As `take_calm`, for steps beyond those of `calm_for`. Whether each was within the bounds for it, and
-        none before the last raises an alarm; if not, nothing is taken up.
+    def take_ahead(
+        self, step: int, losses: Sequence[float], norms: Sequence[float]
+    ) -> tuple[bool, Alarm | None]:
+        """As `take_calm`, for steps beyond those of `calm_for`. Whether each was within the bounds for it,
+        and none before the last raises an alarm; if not, nothing is taken up.
         """
         judge, reviewed, done = self.judge.copy(), self.reviewed.copy(), 0
         alarm, first = None, step + 1 - len(losses)
@@ -238,7 +216,7 @@ class Watch:
         if verdict != SAT_OUT:
             self.num_refused_in_a_row = 0 if permitted else self.num_refused_in_a_row + 1
         if self.num_refused_in_a_row >= self.rules.max_refused_in_a_row:
-            return _refused_for_good(self.num_refused_in_a_row, step, verdict)
+            return refused_for_good(self.num_refused_in_a_row, step, verdict)
         if not self.on:
             return None
         bears = bool(self.history.interventions) and self.history.bears(step)

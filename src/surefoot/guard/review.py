@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from surefoot.guard.detect import BLOCK, BURN_IN, FINE, NOT_FINITE, SAT_OUT
+from surefoot.guard.detect import BLOCK, BURN_IN, FINE, LOSS_SPIKE, NOT_FINITE, SAT_OUT
 
 _LEVEL_KEEPS = 0.9
 _SPREAD_KEEPS = 0.98
@@ -34,6 +34,30 @@ class Alarm(NamedTuple):
     step: int
     onset: int
     reason: str
+
+
+class Stop(NamedTuple):
+    """A verdict of the review: end the run, and why."""
+
+    reason: str
+    fix: str
+
+
+def refused_for_good(num: int, step: int, verdict: int) -> Stop:
+    """The verdict on so many refused updates in a row."""
+    told = f"{num} updates in a row were refused, up to step {step}: "
+    if verdict in (NOT_FINITE, FINE):  # fine in itself, or nobody looked; but not what came of it
+        return Stop(
+            told + "loss, gradient or update is not finite whatever the batch.",
+            "Lower the learning rate, clip the gradient (clip_norm), or look for values in the data that "
+            "are not finite.",
+        )
+    what = "loss" if verdict == LOSS_SPIKE else "gradient"
+    return Stop(
+        told + f"the {what} stays far above what was usual before.",
+        'Look at what came into the data there, and at the rate; or Guard("watch"), if it is meant '
+        "to be so.",
+    )
 
 
 @dataclass

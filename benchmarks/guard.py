@@ -9,7 +9,7 @@ median over processes of the medians of ratios of neighbouring turns:
 * ``mlp-compiled``: the same, compiled;
 * ``mlp-adds``: a compiled run with guard, log and ledger beside the same compiled updates, fed and at the
   same rates, with none of these;
-* ``mlp-same``: ``Guard("off")`` beside itself: what of such ratios is noise.
+* ``mlp-same``, ``mlp-compiled-same``: ``Guard("off")`` beside itself: what of such ratios is noise.
 """
 
 from __future__ import annotations
@@ -36,14 +36,17 @@ from surefoot.course import Silence, to_be_taken, update
 from surefoot.prepare import Prepared, prepare
 from surefoot.record.folder import RunFolder
 
-STEPS = {"mlp": 400, "gpt": 10}
-"""Of a turn: two of the guard's cycles of 200, or what takes seconds."""
+STEPS = {"mlp": 400, "mlp compiled": 4000, "gpt": 10}
+"""Of a turn: two of the guard's cycles of 200; where that takes less than half a second, more, since a run that
+was interrupted begins with cold caches; or what takes seconds.
+"""
 PAIRS = {
     "mlp": ("heal", "off"),
     "gpt": ("heal", "off"),
     "mlp-compiled": ("heal", "off"),
     "mlp-adds": ("heal", "silent"),
     "mlp-same": ("off", "off again"),
+    "mlp-compiled-same": ("off", "off again"),
 }
 LONG = 1_000_000
 
@@ -79,11 +82,12 @@ def main() -> None:
 def measure(pair: str, turns: int, *, reverse: bool) -> dict[str, Any]:
     torch.set_num_threads(1)
     workload, _, extent = pair.partition("-")
-    compiled = "on" if extent in ("compiled", "adds") else "off"
+    compiled = "on" if extent in ("compiled", "compiled-same", "adds") else "off"
+    steps = STEPS[f"{workload} compiled" if compiled == "on" else workload]
     with tempfile.TemporaryDirectory() as folder:
         modes = PAIRS[pair][::-1] if reverse else PAIRS[pair]
         runs = {mode: updates(workload, mode, compiled, f"{folder}/{mode}") for mode in modes}
-        times = in_turns(runs, steps=STEPS[workload], turns=turns)
+        times = in_turns(runs, steps=steps, turns=turns)
     medians = {mode: statistics.median(values) for mode, values in times.items()}
     return {"us_per_update": medians, "ratio": ratio(times, *PAIRS[pair])}
 

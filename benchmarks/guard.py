@@ -37,8 +37,8 @@ from surefoot.prepare import Prepared, prepare
 from surefoot.record.folder import RunFolder
 
 STEPS = {"mlp": 400, "mlp compiled": 4000, "gpt": 10}
-"""Of a turn: two of the guard's cycles of 200; where that takes less than half a second, more, since a run that
-was interrupted begins with cold caches; or what takes seconds.
+"""Of a turn: two of the guard's cycles of 200, or what takes seconds. Compiled ones take half a second, since
+after each change of turns a run begins with cold caches.
 """
 PAIRS = {
     "mlp": ("heal", "off"),

@@ -37,7 +37,7 @@ from surefoot.prepare import Prepared, prepare
 from surefoot.record.folder import RunFolder
 
 STEPS = {"mlp": 400, "mlp compiled": 4000, "gpt": 10}
-"""Of a turn: two of the guard's cycles of 200, or what takes seconds. Compiled ones take half a second, since
+"""Of a turn: two of the guard's cycles of 200, or what takes seconds. Compiled ones take half a second:
 after each change of turns a run begins with cold caches.
 """
 PAIRS = {

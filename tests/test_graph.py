@@ -13,11 +13,10 @@ from torch._inductor.compile_fx import compile_fx
 from torch.utils.checkpoint import checkpoint
 
 import surefoot as sf
-from surefoot import calm, course, heal, train
+from surefoot import calm, course, train
 from surefoot.api import result, run_steps
 from surefoot.build import build
 from surefoot.compiled import Compiled
-from surefoot.guard.guard import Watch
 from surefoot.operations import Operations
 from surefoot.record.folder import RunFolder
 from surefoot.stopping import Budget
@@ -244,13 +243,11 @@ def test_nearly_all_steps_are_compiled_and_most_of_them_settled_together(tmp_pat
     monkeypatch.setattr(
         course, "train_step", lambda *of, **how: eager.append(of[1].slots.step) or step_by_step(*of, **how)
     )
-
-    def counting(*of):
-        settled = settle(*of)
-        together.append(settled[0])
-        return settled
-
-    monkeypatch.setattr(calm, "settle_calm", counting)
+    monkeypatch.setattr(
+        calm,
+        "settle_calm",
+        lambda run, taken: together.append(len(taken)) or settle(run, taken),
+    )
     ordinary = [outcome.step for outcome in run_steps(built)]
     assert eager == [0]
     assert len(ordinary) + sum(together) == 1000
@@ -315,89 +312,22 @@ def test_calm_steps_are_those_that_would_be_taken_one_by_one(name, tmp_path, mon
         np.testing.assert_equal(a, b)  # NaN is NaN
 
 
-def unsteady():
-    """Gradients of which now and then one is long, and a loss that falls, so that bounds do."""
-    x, y = blobs(2400, classes=3)
-    rng = np.random.default_rng(0)
-    y = np.where(rng.random(len(y)) < 0.5, rng.integers(0, 3, len(y)), y)
-    weight = np.where(np.arange(len(y)) % 400, 1.0, 60.0).astype(np.float32)
-
-    def objective(model, data):
-        x, y, weight = data
-        return F.cross_entropy(model(x), y, reduction="none") * weight
-
-    return recipe(model=Normed, data=sf.Arrays(x, y, weight), objective=objective, until=1500, gradient=())
-
-
-def undoing(patch):
-    """Steps beyond a block are trusted whatever comes; how many are undone each time is told."""
-    undo, told = calm._undo, []
-    patch.setattr(Watch, "likely_to_pass", lambda self: (math.inf, math.inf))
-    patch.setattr(calm, "_TRUSTS_AGAIN", 0)
-    patch.setattr(calm, "_undo", lambda course, taken: told.append(len(taken)) or undo(course, taken))
-    return told
-
-
-def test_steps_taken_on_trust_are_undone_if_one_should_not_have_been(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        told = undoing(patch)
-        trusted = calmly(unsteady(), tmp_path / "trusted", monkeypatch, calm=True)
-        assert len(told) >= 3
-        for at in (300, 333, 700, 1111):
-            limited = Operations(compute={"compile": "on"}, progress="off", budget={"updates": at})
-            run(unsteady(), tmp_path / "parts", limited)
-        parts, _ = run(unsteady(), tmp_path / "parts", Operations(compute={"compile": "on"}))
-    one_by_one = calmly(unsteady(), tmp_path / "one by one", monkeypatch, calm=False)
-    for a, b in zip(trusted, one_by_one, strict=True):
-        np.testing.assert_equal(a, b)
-    assert (parts.digest, parts.ledger) == one_by_one[0][1:3]
-
-
-def test_a_stop_among_steps_that_are_undone_leaves_a_whole_run(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        told, settle = undoing(patch), calm.settle_calm
-
-        def asked(run, taken, num_certain):
-            settled = settle(run, taken, num_certain)
-            if settled[0] < len(taken):
-                run.stop.reason = "SIGTERM"
-            return settled
-
-        patch.setattr(calm, "settle_calm", asked)
-        done, built = run(unsteady(), tmp_path / "run", Operations(compute={"compile": "on"}))
-        assert (done.status, len(told)) == ("preempted", 1)
-        log = sf.open_run(tmp_path / "run").log()
-        assert log["step"].tolist() == list(range(done.step))
-        assert built.state.samples == log["samples"][-1]
-        (group,) = built.run.parts.updater.optimizer.param_groups
-        assert group["lr"] == log["lr"][-1]
-    parts, _ = run(unsteady(), tmp_path / "run", Operations(compute={"compile": "on"}))
-    whole, _ = run(unsteady(), tmp_path / "whole", Operations(compute={"compile": "on"}))
-    assert (parts.digest, parts.ledger) == (whole.digest, whole.ledger)
-
-
-def test_which_states_are_kept_to_go_back_to_changes_nothing(tmp_path, monkeypatch):
-    found = []
-    for share in (1e-9, 1e9):  # the first only, and all
-        monkeypatch.setattr(heal, "_TIME_SHARE", share)
-        found.append(calmly(diverging(), tmp_path / str(share), monkeypatch, calm=True))
-    for a, b in zip(*found, strict=True):
-        np.testing.assert_equal(a, b)
-    assert any(e["kind"] == "rolled_back" for e in found[0][2])
-
-
-def test_wall_time_is_counted_on_after_going_back(tmp_path, monkeypatch):
+def test_the_budget_counts_the_time_of_going_back_in_this_attempt_and_the_next(tmp_path, monkeypatch):
     reached, told = Budget.reached, []
-    monkeypatch.setattr(
-        Budget,
-        "reached",
-        lambda self, step, *, wall_s, cost: (
-            told.append(wall_s) or reached(self, step, wall_s=wall_s, cost=cost)
-        ),
-    )
-    run(diverging(), tmp_path / "run", EAGER)
-    assert any(e["kind"] == "rolled_back" for e in sf.open_run(tmp_path / "run").events())
+
+    def telling(self, step, *, wall_s, cost):
+        told.append(self.spent_s + wall_s)
+        return reached(self, step, wall_s=wall_s, cost=cost)
+
+    monkeypatch.setattr(Budget, "reached", telling)
+    run(diverging(), tmp_path / "run", Operations(compute={"compile": "off"}, budget={"updates": 650}))
+    view = sf.open_run(tmp_path / "run")
+    (back,), log = (e for e in view.events() if e["kind"] == "rolled_back"), view.log()
     assert told == sorted(told)
+    assert log["wall_s"][back["step"]] > back["seconds"]
+    told.clear()
+    run(diverging(), tmp_path / "run", EAGER)
+    assert told[0] > log["wall_s"].sum()
 
 
 def test_a_run_that_is_interrupted_between_calm_steps_ends_with_the_same_bits(tmp_path):
@@ -424,11 +354,10 @@ def test_a_run_that_is_continued_where_all_is_checked_goes_on_with_what_was_kept
 def test_a_stop_is_heeded_after_calm_steps_without_waiting_for_a_batch(tmp_path, monkeypatch):
     settle, last = calm.settle_calm, []
 
-    def asked(run, taken, num_certain):
+    def asked(run, taken):
         run.stop.reason = "SIGTERM"
-        settled = settle(run, taken, num_certain)
-        last.append(taken[settled[0] - 1].label.slots.step)
-        return settled
+        last.append(taken[-1][0].slots.step)
+        return settle(run, taken)
 
     monkeypatch.setattr(calm, "settle_calm", asked)
     done, _ = run(recipe(until=700), tmp_path / "run", Operations(compute={"compile": "on"}))

@@ -181,46 +181,6 @@ def test_calm_steps_taken_up_together_are_as_if_one_by_one(rows, random):
         assert together.lets_pass(step) == one_by_one.lets_pass(step)
 
 
-@given(
-    st.integers(0, 1000),
-    st.integers(64, 300),
-    st.floats(1.0, 9.0),
-    st.integers(1, 300),
-)
-def test_steps_taken_on_trust_are_taken_up_if_each_would_have_been_calm(seed, begins, factor, num):
-    """From some step on all is larger: what was within the bounds before may not be within those for it."""
-    rows = np.random.default_rng(seed).uniform(0.5, 1.5, (600, 2)).tolist()
-    one_by_one, ahead = (sf.Guard("watch").build(torch.device("cpu")) for _ in range(2))
-
-    def numbers_at(step):
-        loss, norm = rows[step]
-        return (loss, norm) if step < begins + 40 else (factor * loss, factor * norm)
-
-    def take(guard, step):
-        loss, norm = numbers_at(step)
-        permit = guard.permit_on_host(loss, norm, step=step, scaled=False)
-        verdict = int(permit.verdict)
-        return guard.review(step=step, loss=loss, verdict=verdict, permitted=True, expected=False)
-
-    for step in range(begins):
-        for guard in (one_by_one, ahead):
-            take(guard, step)
-    before, after = ahead.state_dict(), range(begins, min(begins + num, len(rows)))
-    losses, norms = (list(column) for column in zip(*map(numbers_at, after), strict=True))
-    held, alarm = ahead.take_ahead(after[-1], losses, norms)
-    calm, alarms = True, []
-    for step in after:
-        calm &= one_by_one.calm_for(step) > 0 and all(
-            number <= most
-            for number, most in zip(numbers_at(step), one_by_one.lets_pass(step), strict=True)
-        )
-        alarms.append(take(one_by_one, step))
-    assert held == (calm and not any(alarms[:-1]))
-    if held:
-        assert alarm == alarms[-1]
-    assert ahead.state_dict() == (one_by_one.state_dict() if held else before)
-
-
 ids = st.lists(st.integers(0, 20), min_size=1, max_size=4).map(tuple)
 interventions = st.one_of(
     st.builds(

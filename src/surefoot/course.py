@@ -26,7 +26,8 @@ from surefoot.data.plan import Cadence
 from surefoot.errors import RecipeError
 from surefoot.graph import Graph
 from surefoot.guard.detect import FINE, GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE, SAT_OUT
-from surefoot.guard.review import Alarm, Stop
+from surefoot.guard.guard import Stop
+from surefoot.guard.review import Alarm
 from surefoot.heal import Healer, Row, StopAskedError, same_row
 from surefoot.measure.evaluate import Evaluation
 from surefoot.measure.profile import phase
@@ -89,7 +90,7 @@ class Course:
     total: updates in the whole run. validate: when, besides at its end. rows: the newest, for the guard.
     blames: samples that break a step are looked for. before: rows of an earlier attempt, and their
     numbers of passes, for steps that are taken again now: they must come out alike. price_per_s: of a
-    second of this machine, or 0. trusts_from: the step from which on calm steps may be taken on trust.
+    second of this machine, or 0.
     """
 
     parts: Parts
@@ -105,7 +106,6 @@ class Course:
     readings: Readings[Label]
     rows: MutableSequence[Row]
     price_per_s: float = 0.0
-    trusts_from: int = 0
     stop: StopRequest = field(default_factory=StopRequest)
     blames: bool = True
     graph: Graph | None = None
@@ -215,28 +215,14 @@ def settle(course: Course, label: Label | None, attempt: Attempt | None) -> Alar
     return found
 
 
-class Calm(NamedTuple):
-    """A step that a graph took as a calm one. ended: when."""
-
-    label: Label
-    multiplier: float
-    numbers: list[float]
-    ended: float
-
-
-def settle_calm(course: Course, taken: Sequence[Calm], num_certain: int) -> tuple[int, Alarm | None]:
-    """Takes up calm steps and writes their rows: those that were certain to be calm, and the others if they
-    prove to have been. How many that is, and the alarm that the last of them raises, if it does.
+def settle_calm(course: Course, taken: Sequence[tuple[Label, list[float], float]]) -> Alarm | None:
+    """Writes the rows of steps that a graph took as calm: labels, numbers, and when they ended. The alarm
+    that the last of them raises, if it does: only that which completes what `calm_for` allows for can.
     """
-    guard, num = course.parts.guard, min(num_certain, len(taken))
-    losses, norms = ([one.numbers[i] for one in taken] for i in range(2))
-    alarm = guard.take_calm(taken[num - 1].label.slots.step, losses[:num], norms[:num])
-    if num < len(taken) and alarm is None:
-        held, alarm = guard.take_ahead(taken[-1].label.slots.step, losses[num:], norms[num:])
-        num = len(taken) if held else num
-    for label, _, (loss, grad_norm, ratio, _), ended in taken[:num]:
+    for label, (loss, grad_norm, ratio, _), ended in taken:
         _note(course, label, True, FINE, loss, grad_norm, 1.0, ratio, 1.0, ended)
-    return num, _heeded(course, alarm)
+    losses, norms = ([numbers[i] for _, numbers, _ in taken] for i in range(2))
+    return _heeded(course, course.parts.guard.take_calm(taken[-1][0].slots.step, losses, norms))
 
 
 def _heeded(course: Course, alarm: Alarm | None) -> Alarm | None:

@@ -26,10 +26,7 @@ from surefoot.types import Minibatch, Tree, leaves
 _YES = torch.tensor(True)
 CHECK_EVERY = 400
 
-Take = Callable[[Minibatch, float, tuple[float, float]], "list[float] | None"]
-"""What takes a step with this batch, at this multiplier, within bounds for loss and norm: its numbers, or
-None, with nothing changed, if it is unusual.
-"""
+Take = Callable[[Minibatch, float], "list[float] | None"]
 
 
 class Graph:
@@ -74,7 +71,6 @@ class Graph:
         self._rates = torch.empty(len(parts.base_lr), dtype=torch.float64)
         self._write_bounds, self._write_rates = self._bounds.numpy(), self._rates.numpy()
         self._written: tuple[float, ...] = ()
-        self._copies: list[Tensor] = []
 
     def __call__(self, batch: Minibatch, multiplier: float, *, check: bool = False) -> Attempt | None:
         """Attempts one update; None if it is one for `train_step`: nothing was changed then.
@@ -118,9 +114,10 @@ class Graph:
             self._trained, norms,
         )  # fmt: skip
 
-    def direct(self, step: int) -> tuple[int, Take | None]:
+    def direct(self, step: int, bounds: tuple[float, float]) -> tuple[int, Take | None]:
         """How many steps from `step` on need no look at anything but what comes out; and what takes one of
-        them. Their batches are of the arrays that the first was of.
+        them at a multiplier, within the guard's bounds for loss and norm: its numbers, or None, with
+        nothing changed, if it is unusual. Their batches are of the arrays that the first was of.
         """
         parts, whole = self._parts, self._whole
         if (
@@ -131,7 +128,7 @@ class Graph:
             return 0, None
         buffers, base_lr = parts.buffers.live(self._buffers), parts.base_lr
 
-        def take(batch: Minibatch, multiplier: float, bounds: tuple[float, float]) -> list[float] | None:
+        def take(batch: Minibatch, multiplier: float) -> list[float] | None:
             total = known_weight(parts, batch)
             if (
                 batch.weights is not None
@@ -147,20 +144,6 @@ class Graph:
             return numbers if numbers[3] else None
 
         return self.check_every - 1 - step % self.check_every, take
-
-    def keep(self) -> None:
-        """Keeps a copy of all that steps of `direct` change."""
-        changing = self._changing()
-        if not self._copies:
-            self._copies = [torch.empty_like(t) for t in changing]
-        torch._foreach_copy_(self._copies, changing)
-
-    def go_back(self) -> None:
-        """Puts back what was kept, in the same stretch of such steps."""
-        torch._foreach_copy_(self._changing(), self._copies)
-
-    def _changing(self) -> list[Tensor]:
-        return [*self._fixed[:-2], *self._parts.buffers.live(self._buffers)]
 
     def _usual(self, batch: Minibatch, data: list[Any], total: Any) -> bool:
         """Whether the batch is one of those that were compiled for."""

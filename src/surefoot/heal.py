@@ -26,8 +26,9 @@ from surefoot.checkpoint.snapshot import Snapshot
 from surefoot.checkpoint.store import DirectoryStore
 from surefoot.data.feed import Feed, leave_out
 from surefoot.errors import StateError
+from surefoot.guard.guard import Stop
 from surefoot.guard.history import History, Intervention
-from surefoot.guard.review import Alarm, Stop
+from surefoot.guard.review import Alarm
 from surefoot.optim.schedules import Resolved
 from surefoot.state import RunState
 from surefoot.train_step import Parts, losses_of, probe
@@ -48,7 +49,6 @@ _SIT_OUT = (100, 400)  # updates
 _CUTS = 6  # powers of the factor by which the rate is cut
 _LAST = 50  # losses that remedies are compared by
 _IN_MEMORY, _MEMORY_SHARE = 3, 0.1  # states, and the share of free memory that they may take
-_TIME_SHARE = 0.002  # that keeping them may take
 _FEW = 8  # samples that may always be left out
 _RATE_JUMP = 2.0
 
@@ -103,24 +103,21 @@ class Healer:
     rows: deque[Row] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     memory: dict[int, Snapshot] = field(default_factory=dict)
     _fits: bool | None = None
-    _due: float = 0.0
 
     # ------------------------------------------------------------------ states to go back to
 
     def remember(self) -> Alarm | None:
         """Keeps the state in memory, if it fits; every `EVERY` steps. An alarm if it is not sound."""
-        step, begun = self.state.step, time.monotonic()
+        step = self.state.step
         if not self.parts.updater.finite():
             return self.unsound()
         if self._fits is None and step:  # the optimizer has its state by now
             most = _MEMORY_SHARE * _free_bytes(self.parts.device)
             self._fits = self.state.num_bytes() * (_IN_MEMORY + 1) < most
-        if self._fits and begun >= self._due:
+        if self._fits:
             self.memory[step] = self.state.snapshot().copy()
             while len(self.memory) > _IN_MEMORY:
                 del self.memory[min(self.memory)]
-            now = time.monotonic()
-            self._due = now + (now - begun) / _TIME_SHARE
         return None
 
     def unsound(self) -> Alarm:

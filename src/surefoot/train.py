@@ -31,8 +31,9 @@ from surefoot.course import (
     validation_due,
 )
 from surefoot.errors import StateError, SurefootError, failure_class
+from surefoot.guard.guard import Stop
 from surefoot.guard.hang import HangWatch
-from surefoot.guard.review import Alarm, Stop
+from surefoot.guard.review import Alarm
 from surefoot.heal import EVERY, Row, StopAskedError
 from surefoot.keep import Keeper
 from surefoot.measure.profile import Profile, phase
@@ -109,7 +110,7 @@ def steps(run: Run) -> Generator[Outcome, None, None]:
 
 def _attempt(run: Run) -> Generator[Outcome, None, str]:
     """Updates from `state.step` on; returns the status that the run ends with."""
-    guard, begun = run.parts.guard, time.perf_counter()
+    guard, clock = run.parts.guard, Clock()
     while True:
         if guard.pending is not None:
             status = _heal(run, guard.pending)
@@ -118,22 +119,20 @@ def _attempt(run: Run) -> Generator[Outcome, None, str]:
         if validation_due(run) and run_validation(run) is None:
             return "preempted"
         with closing(run.feed.batches(run.state.step, run.total)) as batches:  # else workers outlive errors
-            status = yield from _updates(run, batches, begun)
+            status = yield from _updates(run, batches, clock)
         if status:
             return status
 
 
-def _updates(run: Run, batches: Iterator[Minibatch], begun: float) -> Generator[Outcome, None, str]:
-    """Updates until the run ends, or, with an empty status, until the guard's alarm, or until batches are
-    needed again. begun: when the attempt did.
-    """
+def _updates(run: Run, batches: Iterator[Minibatch], clock: Clock) -> Generator[Outcome, None, str]:
+    """Updates until the run ends, or, with an empty status, until the guard's alarm."""
     state, parts, record = run.state, run.parts, run.record
     next_validation = run.validate.after(state.step) if run.validate else run.total + 1
-    keeper, clock = run.keeper, Clock()
+    keeper, clock.boundary = run.keeper, time.perf_counter()
     while state.step < run.total and not state.stopped_early:
         if parts.strategy.agree(run.stop()):
             return "preempted"
-        wall_s = time.perf_counter() - begun
+        wall_s = time.perf_counter() - clock.begun
         run.stop.budget = run.budget.reached(state.step, wall_s=wall_s, cost=wall_s * run.price_per_s)
         if run.stop.budget:
             return "budget"
@@ -144,8 +143,8 @@ def _updates(run: Run, batches: Iterator[Minibatch], begun: float) -> Generator[
         try:
             batch = None
             if clock.boundary < clock.calm_until and (most := run.undisturbed(next_validation)) > 0:
-                num_taken, batch, alarm, undone = calm_steps(run, batches, clock, most=most)
-                if alarm is not None or undone:
+                num_taken, batch, alarm = calm_steps(run, batches, clock, most=most)
+                if alarm is not None:
                     parts.guard.pending = alarm
                     return ""
                 if batch is None and num_taken:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from surefoot.errors import RecipeError
-from surefoot.guard.detect import FINE, NOT_FINITE, SAT_OUT
+from surefoot.guard.detect import FINE, LOSS_SPIKE, NOT_FINITE, SAT_OUT
 from surefoot.guard.history import History
 from surefoot.guard.judge import CALM, Judge
 from surefoot.guard.layers import Layers
-from surefoot.guard.review import Alarm, Review, Stop, refused_for_good
+from surefoot.guard.review import Alarm, Review
 from surefoot.types import check_fields
 
 
@@ -59,6 +59,13 @@ class Guard:
         return Watch(self, device)
 
 
+class Stop(NamedTuple):
+    """A verdict of the review: end the run, and why."""
+
+    reason: str
+    fix: str
+
+
 class Permit(NamedTuple):
     """permitted: bool, 0-d, on the device. verdict, clip: see `Decision`; numbers on a CPU, else 0-d."""
 
@@ -67,8 +74,23 @@ class Permit(NamedTuple):
     clip: float | Tensor
 
 
+def _refused_for_good(num: int, step: int, verdict: int) -> Stop:
+    told = f"{num} updates in a row were refused, up to step {step}: "
+    if verdict in (NOT_FINITE, FINE):  # fine in itself, or nobody looked; but not what came of it
+        return Stop(
+            told + "loss, gradient or update is not finite whatever the batch.",
+            "Lower the learning rate, clip the gradient (clip_norm), or look for values in the data that "
+            "are not finite.",
+        )
+    what = "loss" if verdict == LOSS_SPIKE else "gradient"
+    return Stop(
+        told + f"the {what} stays far above what was usual before.",
+        'Look at what came into the data there, and at the rate; or Guard("watch"), if it is meant '
+        "to be so.",
+    )
+
+
 _ANY = 1 << 30
-_MARGIN = 0.1  # of bounds: what is usual moves by less from one block of steps to the next, nearly always
 _YES, _NO = torch.tensor(True), torch.tensor(False)
 _GO = Permit(_YES, 0.0, 1.0)
 
@@ -150,29 +172,6 @@ class Watch:
         self.judge.take_calm(losses, norms)
         return self.reviewed.look_at_calm(step, losses)
 
-    def likely_to_pass(self) -> tuple[float, float]:
-        """For steps after those of `calm_for`: most likely below what `lets_pass` will be then."""
-        loss, norm = self.judge.certain_below()
-        return loss - _MARGIN * abs(loss), norm - _MARGIN * norm
-
-    def take_ahead(
-        self, step: int, losses: Sequence[float], norms: Sequence[float]
-    ) -> tuple[bool, Alarm | None]:
-        """As `take_calm`, for steps beyond those of `calm_for`. Whether each was within the bounds for it,
-        and none before the last raises an alarm; if not, nothing is taken up.
-        """
-        judge, reviewed, done = self.judge.copy(), self.reviewed.copy(), 0
-        alarm, first = None, step + 1 - len(losses)
-        while done < len(losses):
-            end = done + min(self.calm_for(first + done), len(losses) - done)
-            of_loss, of_norm = losses[done:end], norms[done:end]
-            most_loss, most_norm = self.lets_pass(first + done)
-            if alarm or end == done or max(of_loss) > most_loss or max(of_norm) > most_norm:
-                self.judge, self.reviewed = judge, reviewed
-                return False, None
-            alarm, done = self.take_calm(first + end - 1, of_loss, of_norm), end
-        return True, alarm
-
     def permit_on_host(self, loss: float, norm: float, *, step: int, scaled: bool) -> Permit:
         """`permit`, with numbers."""
         if self.heals and not self.history.interventions:  # first, and short: this is nearly every step
@@ -216,7 +215,7 @@ class Watch:
         if verdict != SAT_OUT:
             self.num_refused_in_a_row = 0 if permitted else self.num_refused_in_a_row + 1
         if self.num_refused_in_a_row >= self.rules.max_refused_in_a_row:
-            return refused_for_good(self.num_refused_in_a_row, step, verdict)
+            return _refused_for_good(self.num_refused_in_a_row, step, verdict)
         if not self.on:
             return None
         bears = bool(self.history.interventions) and self.history.bears(step)

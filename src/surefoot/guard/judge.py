@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -91,12 +90,6 @@ class Judge:
         if len(self._losses) < EARLIEST:
             return math.inf, math.inf
         return calm_below(self._xp, self._begun(), early=True)
-
-    def copy(self) -> Judge:
-        """One that goes on from here by itself."""
-        other = copy.copy(self)
-        other._losses, other._norms = self._losses.copy(), self._norms.copy()
-        return other
 
     def tensor_or_float(self, number: Any) -> Any:
         """A number as the decisions take it."""

@@ -6,10 +6,10 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from surefoot.guard.detect import BLOCK, BURN_IN, FINE, LOSS_SPIKE, NOT_FINITE, SAT_OUT
+from surefoot.guard.detect import BLOCK, BURN_IN, FINE, NOT_FINITE, SAT_OUT
 
 _LEVEL_KEEPS = 0.9
 _SPREAD_KEEPS = 0.98
@@ -34,30 +34,6 @@ class Alarm(NamedTuple):
     step: int
     onset: int
     reason: str
-
-
-class Stop(NamedTuple):
-    """A verdict of the review: end the run, and why."""
-
-    reason: str
-    fix: str
-
-
-def refused_for_good(num: int, step: int, verdict: int) -> Stop:
-    """The verdict on so many refused updates in a row."""
-    told = f"{num} updates in a row were refused, up to step {step}: "
-    if verdict in (NOT_FINITE, FINE):  # fine in itself, or nobody looked; but not what came of it
-        return Stop(
-            told + "loss, gradient or update is not finite whatever the batch.",
-            "Lower the learning rate, clip the gradient (clip_norm), or look for values in the data that "
-            "are not finite.",
-        )
-    what = "loss" if verdict == LOSS_SPIKE else "gradient"
-    return Stop(
-        told + f"the {what} stays far above what was usual before.",
-        'Look at what came into the data there, and at the rate; or Guard("watch"), if it is meant '
-        "to be so.",
-    )
 
 
 @dataclass
@@ -182,10 +158,6 @@ class Review:
     def learns(self) -> bool:
         """Whether the loss has come down from where it began."""
         return statistics.median(self.losses) <= self.first - _COME_DOWN * abs(self.first)
-
-    def copy(self) -> Review:
-        """One that goes on from here by itself."""
-        return replace(self, waiting=self.waiting.copy(), losses=self.losses.copy())
 
     def state_dict(self) -> dict[str, Any]:
         """JSON."""

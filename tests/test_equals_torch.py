@@ -1,6 +1,7 @@
 """The loop is the loop that people write, to the bit."""
 
 import functools
+import subprocess
 import sys
 import threading
 from functools import partial
@@ -444,6 +445,26 @@ def test_a_step_that_somebody_put_in_the_place_of_torchs_is_called(
         if outcome.step == 2 and when == "meanwhile":
             put()
     assert len(calls) == (6 if when == "before" else 3)
+
+
+def test_an_optimizer_that_is_defined_where_there_is_no_file_trains(tmp_path):
+    """In a notebook, or by `python -c`."""
+    code = f"""
+import torch, surefoot as sf
+class Mine(torch.optim.SGD): pass
+done = sf.fit(
+    sf.Recipe(
+        model=lambda: torch.nn.Linear(4, 2), data=sf.Arrays(torch.randn(64, 4), torch.randint(0, 2, (64,))),
+        objective=sf.supervised(torch.nn.functional.cross_entropy), optimizer=lambda g: Mine(g, lr=0.1),
+        batch=sf.Batch(16), until=12,
+    ),
+    out={str(tmp_path / "run")!r},
+    operations=sf.Operations(compute={{"compile": "on"}}, progress="off"),
+)
+print(done.status)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "finished", done.stderr
 
 
 def test_the_compiler_is_kept_out_by_several_threads(monkeypatch):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.blame import usual_loss
+from surefoot.blame import is_outweighed
 from surefoot.compiled import ChangedError
 from surefoot.data.feed import Feed, leave_out
 from surefoot.data.plan import Cadence
@@ -127,8 +127,8 @@ def update(course: Course, batch: Minibatch) -> tuple[Minibatch, float, Attempt]
     if attempt is None:
         each: list[Tensor] | None = [] if state.step == 0 and course.parts.guard.on else None
         attempt = train_step(course.parts, batch, multiplier, each=each)
-        if each:
-            course.parts.guard.reviewed.untrained = usual_loss(batch, torch.cat(each))
+        if each and is_outweighed(batch, torch.cat(each), attempt.loss.item()):
+            course.parts.guard.reviewed.untrained = course.healer.untrained()
     state.step += 1
     state.samples += batch.slots.num_samples
     return batch, multiplier, attempt

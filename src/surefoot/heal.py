@@ -265,8 +265,9 @@ class Healer:
         """
         if not self.parts.guard.reviewed.learns() or not all(map(math.isfinite, [*losses, *untreated])):
             return False
-        chance = statistics.pstdev(untreated) / math.sqrt(len(untreated))
-        gain = statistics.mean(untreated) - statistics.mean(losses)
+        usual = statistics.median(untreated)  # a mean would be that of the few steps that broke the run
+        spread = 1.4826 * statistics.median(abs(loss - usual) for loss in untreated)
+        chance, gain = spread / math.sqrt(len(untreated)), usual - statistics.median(losses)
         return gain > max(4 * chance, 0.05 * abs(self.parts.guard.reviewed.first))
 
     def warms_up(self, step: int) -> bool:
@@ -354,9 +355,21 @@ class Healer:
     def _suspects_at_first(self, history: History, replay: Replay) -> tuple[int, ...]:
         """Samples whose losses stand out in the first step, before which nothing is known to be usual."""
         self._go_back(0, history, replay)
-        batch = self.batch(0)
-        found = outliers(batch, losses_of(self.parts, batch))
+        batch, each = self.batch(0), list[torch.Tensor]()
+        probe(self.parts, batch, each=each)
+        losses = losses_of(self.parts, batch)
+        weightless = batch.slots.ids[(torch.cat(each).isnan() & losses.isfinite()).cpu().numpy()]
+        found = tuple(i for i in outliers(batch, losses) if i not in weightless)
         return found if len(found) <= _FEW else ()
+
+    def untrained(self) -> float:
+        """The loss of some batches after the first, before the first update: their median."""
+        now = self.state.snapshot().copy()
+        self.state.restore(self.initial())
+        steps = range(1, min(self.total, 1 + _CANARY))
+        losses = [probe(self.parts, self.batch(step))[0] for step in steps]
+        self.state.restore(now)
+        return statistics.median([loss for loss in losses if math.isfinite(loss)] or [math.nan])
 
     # ------------------------------------------------------------------ after a refused step
 

@@ -137,10 +137,12 @@ def _gradients(
     return loss, trained, grads, num_micro
 
 
-def probe(parts: Parts, batch: Minibatch) -> tuple[float, float]:
-    """Loss, and norm of the gradient, that a step with this batch would have; nothing is changed."""
+def probe(parts: Parts, batch: Minibatch, *, each: list[Tensor] | None = None) -> tuple[float, float]:
+    """Loss, and norm of the gradient, that a step with this batch would have; nothing is changed. The
+    samples' losses are added to `each`.
+    """
     parts.buffers.remember()
-    loss, _, grads, _ = _gradients(parts, batch)
+    loss, _, grads, _ = _gradients(parts, batch, each)
     norm = global_norm(grads).item()
     parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
     return loss.item(), norm

@@ -93,7 +93,7 @@ def judge(
     finite = xp.isfinite(loss) & xp.isfinite(norm)
     one = xp.number(1.0)
     if seen is None:
-        return Decision(xp.where(finite, one * FINE, one * NOT_FINITE), one, loss != loss)
+        return Decision(xp.where(finite, one * FINE, one * NOT_FINITE), one, loss < loss)
     bounds = _EARLY if early else _USUAL
     above = xp.log(xp.where(norm > _TINY, norm, _TINY * one)) - seen.log_mean
     rise = loss - seen.mean

@@ -41,8 +41,9 @@ class Review:
     """Detectors over rows; call `look` with each, in order.
 
     age: rows seen. first: the first finite loss: before the first update, unless that was not finite.
-    untrained: the loss before the first update of samples that do not stand out: what `first` is if others
-    outweigh these, since a run that never came down would look as if it had.
+    untrained: if samples that stand out outweigh the others of the first batch, the loss of other batches
+    before the first update: what `first` is if that is half or less, since a run that never came down would
+    look as if it had.
     skips: a bit for each of the last steps, the newest lowest. waiting: losses not looked at yet. losses:
     medians of the last blocks of them.
     told_slow: that the loss does not come down has been looked into.

@@ -81,9 +81,11 @@ class FunctionalUpdate:
 
 def known(optimizer: Optimizer) -> bool:
     """Whether there is a function for it."""
+    if type(optimizer) not in _FUNCTIONS:
+        return False
     hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     own = "step" in vars(optimizer) or not step_layers(optimizer)
-    return type(optimizer) in _FUNCTIONS and not own and not hooks
+    return not own and not hooks
 
 
 def _settings(function: Callable[..., None], group: dict[str, Any]) -> dict[str, Any]:

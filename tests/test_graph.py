@@ -312,6 +312,24 @@ def test_calm_steps_are_those_that_would_be_taken_one_by_one(name, tmp_path, mon
         np.testing.assert_equal(a, b)  # NaN is NaN
 
 
+class Tabled(nn.Sequential):
+    """Has a constant."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+        self.register_buffer("table", torch.ones(16))
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_constant_buffers_are_constant_after_going_back(tmp_path, compile):
+    operations = Operations(compute={"compile": compile}, progress="off")
+    _, built = run(diverging(model=Tabled), tmp_path / "run", operations)
+    assert any(e["kind"] == "rolled_back" for e in sf.open_run(tmp_path / "run").events())
+    assert set(built.run.parts.buffers.changing) == {
+        "1.running_mean", "1.running_var", "1.num_batches_tracked",
+    }  # fmt: skip
+
+
 def test_the_budget_counts_the_time_of_going_back_in_this_attempt_and_the_next(tmp_path, monkeypatch):
     reached, told = Budget.reached, []
 

@@ -21,12 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import surefoot as sf
 from surefoot.api import result, run_steps
-from surefoot.blame import is_outweighed
+from surefoot.blame import usual_loss
 from surefoot.build import build
 from surefoot.guard.detect import LOSS_SPIKE, NOT_FINITE
 from surefoot.guard.history import History, Intervention
 from surefoot.guard.judge import Judge
 from surefoot.guard.review import Alarm
+from surefoot.heal import Healer
 from surefoot.operations import Operations
 from surefoot.record.folder import RunFolder
 from surefoot.types import Minibatch, Slots
@@ -501,20 +502,20 @@ def test_bad_samples_are_named_and_few_others(tmp_path, seed):
 
 
 @pytest.mark.parametrize(
-    ("losses", "outweighed"),
+    ("losses", "usual"),
     [
-        ([2.0] * 15 + [2.3], False),
-        ([2.0] * 62 + [3000.0, math.nan], True),  # what stands out, and what is no number
-        ([2.0] * 14 + [3000.0], False),  # too few
-        ([0.0] * 50 + [2.0] * 14, False),  # too many stand out
-        ([math.nan] * 50 + [2.0] * 14, False),
-        ([-2.0, -2.1] * 10, False),
+        ([2.0] * 15 + [2.3], 2.01875),
+        ([2.0] * 62 + [3000.0, math.nan], 2.0),  # what stands out, and what is no number
+        ([2.0] * 14 + [3000.0], None),  # too few
+        ([0.0] * 50 + [2.0] * 14, None),  # too many stand out
+        ([math.nan] * 50 + [2.0] * 14, None),
+        ([-2.0, -2.1] * 10, -2.05),
     ],
 )
-def test_whether_a_batch_is_outweighed(losses, outweighed):
+def test_the_usual_loss_of_a_batch(losses, usual):
     batch = Minibatch(Slots(0, 0, np.arange(len(losses)), None, len(losses)), None, None, len(losses))
-    mean = float(np.nanmean(losses))
-    assert is_outweighed(batch, torch.tensor(losses), mean) == outweighed
+    found = usual_loss(batch, torch.tensor(losses))
+    assert math.isnan(found) if usual is None else found == pytest.approx(usual)
 
 
 def rare(p, sep, lr):
@@ -542,6 +543,27 @@ def rare(p, sep, lr):
 def test_samples_that_stand_out_in_every_batch_are_no_reason_for_alarm(tmp_path, p, sep, lr):
     run = sf.open_run(sf.fit(rare(p, sep, lr), out=tmp_path / "run").run_dir)
     assert not [e for e in run.events() if e["kind"] in ("alarm", "rolled_back", "quarantined")]
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_looking_into_a_suspicion_leaves_the_run_as_it_was(tmp_path, monkeypatch, compile):
+    looked, reconsidered = [], Healer.reconsidered
+
+    def counted(self, alarm):
+        looked.append(alarm.step)
+        return reconsidered(self, alarm)
+
+    found = []
+    for name, instead in (("looked into", counted), ("not", lambda self, alarm: None)):
+        monkeypatch.setattr(Healer, "reconsidered", instead)
+        operations = Operations(compute={"compile": compile}, progress="off")
+        built = build(rare(0.02, 0.6, 0.1), RunFolder(tmp_path / name), operations)
+        for _ in run_steps(built):
+            pass
+        done, log = result(built), sf.open_run(tmp_path / name).log()
+        found.append((done.digest, done.ledger, log["loss"].tolist(), log["grad_norm"].tolist()))
+    assert looked
+    assert found[0] == found[1]
 
 
 def test_a_run_that_its_first_batch_broke_is_healed_though_single_losses_are_huge(tmp_path):

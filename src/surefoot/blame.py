@@ -16,7 +16,6 @@ from surefoot.types import HOLE, Minibatch, leaves
 _MOST = 8
 """To blame in one step; with more it is the step itself that is wrong."""
 _OUTLIER = 10.0
-_OUTWEIGHED = 2.0
 _ENOUGH = 16
 """Samples: of fewer one that is common often seems to stand out."""
 
@@ -108,17 +107,16 @@ def outliers(batch: Minibatch, losses: Tensor) -> tuple[int, ...]:
     return _ids(batch, (wild | ~torch.isfinite(losses)) & real)
 
 
-def is_outweighed(batch: Minibatch, losses: Tensor, loss: float) -> bool:
-    """Whether samples that stand out make the `loss` of their batch more than twice that of the others. Not
-    if there are too few to tell, or if so many stand out that it is nothing unusual. Losses that are no
-    numbers do not count.
+def usual_loss(batch: Minibatch, losses: Tensor) -> float:
+    """The mean loss of the samples that do not stand out; NaN if there are too few to tell, or if so many
+    stand out that it is nothing unusual. Losses that are no numbers do not count.
     """
     finite = torch.isfinite(losses) & torch.from_numpy(batch.slots.ids != HOLE).to(losses.device)
     out = torch.from_numpy(np.isin(batch.slots.ids, outliers(batch, losses))).to(losses.device)
     usual = losses[finite & ~out]
     if len(usual) < _ENOUGH or int((finite & out).sum()) > len(losses) // 8:
-        return False
-    return 0 < _OUTWEIGHED * abs(usual.double().mean().item()) < loss
+        return math.nan
+    return usual.double().mean().item()
 
 
 def _ids(batch: Minibatch, which: Tensor) -> tuple[int, ...]:

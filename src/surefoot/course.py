@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.blame import is_outweighed
+from surefoot.blame import usual_loss
 from surefoot.compiled import ChangedError
 from surefoot.data.feed import Feed, leave_out
 from surefoot.data.plan import Cadence
@@ -127,8 +127,8 @@ def update(course: Course, batch: Minibatch) -> tuple[Minibatch, float, Attempt]
     if attempt is None:
         each: list[Tensor] | None = [] if state.step == 0 and course.parts.guard.on else None
         attempt = train_step(course.parts, batch, multiplier, each=each)
-        if each and is_outweighed(batch, torch.cat(each), attempt.loss.item()):
-            course.parts.guard.reviewed.untrained = course.healer.untrained()
+        if each:
+            course.parts.guard.reviewed.untrained = usual_loss(batch, torch.cat(each))
     state.step += 1
     state.samples += batch.slots.num_samples
     return batch, multiplier, attempt
@@ -227,7 +227,9 @@ def settle_calm(course: Course, taken: Sequence[tuple[Label, list[float], float]
 
 def _heeded(course: Course, alarm: Alarm | None) -> Alarm | None:
     """The alarm, if something is to be done about it; one that is only watched is told of."""
-    if alarm is None or (alarm.detector == "D6" and course.healer.warms_up(alarm.step)):
+    if alarm is not None and alarm.detector == "D6":
+        alarm = None if course.healer.warms_up(alarm.step) else course.healer.reconsidered(alarm)
+    if alarm is None:
         return None
     if course.parts.guard.heals:
         return alarm

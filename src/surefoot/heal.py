@@ -362,14 +362,21 @@ class Healer:
         found = tuple(i for i in outliers(batch, losses) if i not in weightless)
         return found if len(found) <= _FEW else ()
 
-    def untrained(self) -> float:
-        """The loss of some batches after the first, before the first update: their median."""
+    def reconsidered(self, alarm: Alarm) -> Alarm | None:
+        """A suspicion that the run does not learn. If samples that stand out had to be left out of what the
+        loss was before the first update, the next batches are asked instead: such samples may be in all.
+        """
+        reviewed = self.parts.guard.reviewed
+        if reviewed.first != reviewed.untrained:
+            return alarm
         now = self.state.snapshot().copy()
         self.state.restore(self.initial())
-        steps = range(1, min(self.total, 1 + _CANARY))
-        losses = [probe(self.parts, self.batch(step))[0] for step in steps]
+        losses = [probe(self.parts, self.batch(step))[0] for step in range(1, 1 + _CANARY)]
         self.state.restore(now)
-        return statistics.median([loss for loss in losses if math.isfinite(loss)] or [math.nan])
+        reviewed = self.parts.guard.reviewed
+        reviewed.first = statistics.median([x for x in losses if math.isfinite(x)] or [reviewed.first])
+        reviewed.untrained = math.nan
+        return reviewed.collapse(alarm.step)
 
     # ------------------------------------------------------------------ after a refused step
 

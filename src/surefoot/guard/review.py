@@ -41,9 +41,8 @@ class Review:
     """Detectors over rows; call `look` with each, in order.
 
     age: rows seen. first: the first finite loss: before the first update, unless that was not finite.
-    untrained: if samples that stand out outweigh the others of the first batch, the loss of other batches
-    before the first update: what `first` is if that is half or less, since a run that never came down would
-    look as if it had.
+    untrained: the loss before the first update of samples that do not stand out: what `first` is if others
+    outweigh these, since a run that never came down would look as if it had; until D6 asks other batches.
     skips: a bit for each of the last steps, the newest lowest. waiting: losses not looked at yet. losses:
     medians of the last blocks of them.
     told_slow: that the loss does not come down has been looked into.
@@ -114,7 +113,7 @@ class Review:
             now = f"the loss, {self.level:.4g} over the last steps, was {self.best:.4g} at its best"
             return Alarm("D3", step, max(0, step - self.num_above), now)
         self.losses.append(statistics.median(losses))
-        return None if bears else self._collapse(step)
+        return None if bears else self.collapse(step)
 
     def _take_up(self, losses: Sequence[float], bears: bool) -> None:
         """D3: has the loss left its best level for good?"""
@@ -141,7 +140,7 @@ class Review:
         """Above this the loss has left its best level."""
         return self.best + max(4 * self.best_spread, 0.5 * abs(self.best), 0.1 * abs(self.first))
 
-    def _collapse(self, step: int) -> Alarm | None:
+    def collapse(self, step: int) -> Alarm | None:
         """D6: after many updates the loss is about what it was before the first. Such runs are calm: no
         spike tells. They may just be slow, so this is a suspicion, raised once.
         """

@@ -91,7 +91,9 @@ class Buffers:
         return {name: self._live(name) for name in self.changing if name not in known}
 
     def put_back(self, values: dict[str, Tensor]) -> None:
-        """Restores what `transient` gave, and counts it among those that change."""
+        """Restores what `transient` gave, and counts it among those that change. To be called after all
+        other buffers were restored, by which those that do not change have not changed.
+        """
         for name, value in values.items():
             live = self._live(name)
             if live.shape == value.shape:
@@ -100,3 +102,8 @@ class Buffers:
                 self._put(name, value.to(live.device))
             if name not in self.changing:
                 self.changing.append(name)
+        for name in self._kept.keys() - set(self.changing):
+            live = self._live(name)
+            self._first[name] = (id(live), live._version)
+            if not torch.equal(live, self._kept[name]):
+                self._kept[name] = live.detach().clone()

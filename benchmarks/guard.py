@@ -118,9 +118,9 @@ def silent(made: Prepared) -> Iterator[None]:
     left, take = 0, None
     for batch in feed.batches(0, LONG):
         if left < 1:
-            left, take = course.graph.direct(course.state.step)
+            left, take = course.graph.direct(course.state.step, (math.inf, math.inf))
         whole, multiplier = to_be_taken(course, batch)
-        if left < 1 or take(whole, multiplier, (math.inf, math.inf)) is None:
+        if left < 1 or take(whole, multiplier) is None:
             left = 0
             update(course, batch)
         else:

@@ -227,12 +227,10 @@ def settle_calm(course: Course, taken: Sequence[tuple[Label, list[float], float]
 
 def _heeded(course: Course, alarm: Alarm | None) -> Alarm | None:
     """The alarm, if something is to be done about it; one that is only watched is told of."""
-    if alarm is not None and alarm.detector == "D6":
-        alarm = None if course.healer.warms_up(alarm.step) else course.healer.reconsidered(alarm)
-    if alarm is None:
+    if alarm is None or (alarm.detector == "D6" and course.healer.warms_up(alarm.step)):
         return None
     if course.parts.guard.heals:
-        return alarm
+        return course.healer.reconsidered(alarm) if alarm.detector == "D6" else alarm
     _warn(course, alarm)
     return None
 

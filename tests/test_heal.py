@@ -1,5 +1,6 @@
 """Divergence is recognised, undone and explained, alike in every repetition."""
 
+import dataclasses
 import json
 import math
 import random
@@ -564,6 +565,16 @@ def test_looking_into_a_suspicion_leaves_the_run_as_it_was(tmp_path, monkeypatch
         found.append((done.digest, done.ledger, log["loss"].tolist(), log["grad_norm"].tolist()))
     assert looked
     assert found[0] == found[1]
+
+
+def test_a_run_that_is_watched_is_not_taken_back_to_look_into_it(tmp_path):
+    changed = dataclasses.replace(rare(0.02, 0.6, 0.1), guard=sf.Guard("watch"))
+    built = build(changed, RunFolder(tmp_path / "run"), Operations(progress="off"))
+    built.run.healer.initial = built.state.restore = None
+    for _ in run_steps(built):
+        pass
+    assert result(built).status == "finished"
+    assert [e["detector"] for e in events(tmp_path / "run", "alarm")] == ["D6"]
 
 
 def test_a_run_that_its_first_batch_broke_is_healed_though_single_losses_are_huge(tmp_path):

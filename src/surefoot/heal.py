@@ -363,8 +363,9 @@ class Healer:
         return found if len(found) <= _FEW else ()
 
     def reconsidered(self, alarm: Alarm) -> Alarm | None:
-        """A suspicion that the run does not learn. If samples that stand out had to be left out of what the
-        loss was before the first update, the next batches are asked instead: such samples may be in all.
+        """A suspicion (D6) that the run does not learn; None if it turns out to be wrong. If samples that
+        stand out had to be left out of what the loss was before the first update, the next batches are
+        asked what theirs was: such samples may be in all of them. The state is as before.
         """
         reviewed = self.parts.guard.reviewed
         if reviewed.first != reviewed.untrained:

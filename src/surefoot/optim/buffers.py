@@ -91,8 +91,8 @@ class Buffers:
         return {name: self._live(name) for name in self.changing if name not in known}
 
     def put_back(self, values: dict[str, Tensor]) -> None:
-        """Restores what `transient` gave, and counts it among those that change. To be called after all
-        other buffers were restored, by which those that do not change have not changed.
+        """Restores what `transient` gave, and counts it among those that change. To be called once the
+        others are restored: that alone makes none of them one that changes.
         """
         for name, value in values.items():
             live = self._live(name)

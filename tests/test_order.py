@@ -7,13 +7,14 @@ import pytest
 import scipy.stats
 import torch
 from conftest import blobs, recipe
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import surefoot as sf
 from surefoot.data.feed import Feed
 from surefoot.data.order import ALGORITHM, Order, Permutation
 from surefoot.data.plan import Cadence, Plan
+from surefoot.data.pool import Pool
 from surefoot.data.sources import Arrays
 from surefoot.errors import RecipeError
 from surefoot.keys import key, word, words
@@ -41,7 +42,7 @@ def test_it_is_a_bijection_with_an_inverse(n, seed, epoch):
 @given(n=st.integers(65_537, 10**9), seed=st.integers(0, 2**63 - 1), data=st.data())
 def test_hashes_are_the_same_looked_up_and_computed(n, seed, data):
     looked_up, computed = (Permutation(n, key(seed, "order", 0)) for _ in range(2))
-    computed._hashes = []
+    computed._tables = []
     start = data.draw(st.integers(0, n - 100))
     positions = np.arange(start, start + 100)
     assert np.array_equal(looked_up(positions), computed(positions))
@@ -296,6 +297,63 @@ def test_batches_gathered_together_are_those_of_each_step(n, size, tail, start, 
         assert all(torch.equal(a, b) for a, b in zip(batch.data, alone.data, strict=True))
         assert (batch.weights is None) == (alone.weights is None)
         assert all(a.data_ptr() % 64 == 0 for a in batch.data)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.uint8]
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(DTYPES),
+            st.sampled_from([(), (1,), (3,), (0,), (2, 4), (64,)]),
+            st.sampled_from(["plain", "turned", "strided", "conjugate", "negative", "numpy", "expanded"]),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    st.integers(1, 40),
+)
+def test_gathered_are_the_bytes_of_the_rows(threads, num_threads, kinds, n):
+    """Whatever the arrays hold, and however they lie in memory, with torch's kernel and with numpy's."""
+    threads(num_threads)
+    arrays = []
+    for dtype, shape, kind in kinds:
+        raw = torch.randint(0, 256, (n, *shape, dtype.itemsize), dtype=torch.uint8)
+        array = (raw & 1).bool()[..., 0] if dtype is torch.bool else raw.view(dtype)[..., 0]
+        if kind == "turned" and array.ndim > 1:
+            array = array.transpose(0, -1).contiguous().transpose(0, -1)
+        elif kind == "strided":
+            array = array.repeat_interleave(2, 0)[::2]
+        elif kind == "conjugate" and dtype.is_complex:
+            array = array.conj()
+        elif kind == "negative" and dtype.is_complex:
+            array = array.conj().imag
+        elif kind == "numpy" and dtype is not torch.bfloat16:
+            array = array.numpy()
+        elif kind == "expanded":
+            array = array[:1].expand_as(array)
+        arrays.append(array)
+    source = Arrays(*arrays)
+    pool = Pool(source.arrays())
+    for turn in range(4):  # into fresh memory, and into memory used before
+        ids = np.random.default_rng(turn).integers(0, n, 2 * n)
+        right = [t.index_select(0, torch.from_numpy(ids)) for t in source.arrays()]
+        assert all(map(_same_bytes, pool.gather(ids), right))
+
+
+def _same_bytes(a, b):
+    bits = [t.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits)
 
 
 class Doubled(Arrays):

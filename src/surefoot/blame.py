@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.data.feed import leave_out
+from surefoot.data.holes import leave_out
 from surefoot.train_step import Parts, losses_of, probe
 from surefoot.types import HOLE, Minibatch, leaves
 

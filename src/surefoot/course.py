@@ -21,7 +21,8 @@ from torch import Tensor
 
 from surefoot.blame import usual_loss
 from surefoot.compiled import ChangedError
-from surefoot.data.feed import Feed, leave_out
+from surefoot.data.feed import Feed
+from surefoot.data.holes import leave_out
 from surefoot.data.plan import Cadence
 from surefoot.errors import RecipeError
 from surefoot.graph import Graph

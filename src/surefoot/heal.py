@@ -24,7 +24,8 @@ import torch
 from surefoot.blame import Blame, outliers, to_blame
 from surefoot.checkpoint.snapshot import Snapshot
 from surefoot.checkpoint.store import DirectoryStore
-from surefoot.data.feed import Feed, leave_out
+from surefoot.data.feed import Feed
+from surefoot.data.holes import leave_out
 from surefoot.errors import StateError
 from surefoot.guard.guard import Stop
 from surefoot.guard.history import History, Intervention

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from surefoot.data.plan import Plan
-from surefoot.data.sources import Arrays, Pool
+from surefoot.data.pool import Pool
+from surefoot.data.sources import Arrays
 from surefoot.data.workers import LOOKS_S, Watch, as_it_is, end, enter, next_of, started
 from surefoot.errors import DataError, WorkerError
 from surefoot.keys import key, words
 from surefoot.protocols import KeyedSource
-from surefoot.types import HOLE, Minibatch, Slots, Tree, leaves, map_leaves, take_rows
+from surefoot.types import HOLE, Minibatch, Slots, Tree, leaves, map_leaves
 
-_MOST_STEPS, _CHUNK_BYTES, _LINE_BYTES = 32, 1 << 18, 64
+_MOST_STEPS, _CHUNK_BYTES, _LINE_BYTES = 32, 1 << 20, 64
 _MOST_REPLACED = 3
 """Replacements without one batch between them."""
 
@@ -93,8 +92,7 @@ class Feed:
         """Gathers batches of some steps in one call. Where one begins in memory depends on its step alone,
         and not on `start`: kernels may round otherwise for another alignment.
         """
-        most, size, source = self._gathers, self.plan.batch_size, self.source
-        pool = Pool(source)
+        most, pool = self._gathers, Pool(self.source.arrays())
         for first in range(start // most * most, stop, most):
             last = min(first + most, stop)
             whole = self.plan.whole(first, last)
@@ -103,10 +101,17 @@ class Feed:
                 continue
             self._check_length()
             slots, ids = whole
-            gathered = pool.gather(ids)
-            batches = zip(slots, *(torch.split(leaf, size) for leaf in gathered), strict=True)
-            for one, *parts in islice(batches, max(start - first, 0), None):
-                yield Minibatch(one, self._on_device(source.nest(parts)), None, size)
+            yield from self._handed_out(slots, pool.gather(ids), max(start - first, 0))
+
+    def _handed_out(self, slots: list[Slots], gathered: list[Tensor], start: int) -> Iterator[Minibatch]:
+        """Batches out of the rows of all, from the one numbered `start`. Nothing of them is left behind, so
+        that their memory can be the next ones'.
+        """
+        size, here, nest = self.plan.batch_size, self.device.type == "cpu", self.source.nest
+        parts = [torch.split(leaf, size) for leaf in gathered]
+        for i in range(start, len(slots)):
+            data = nest([part[i] for part in parts])
+            yield Minibatch(slots[i], data if here else self._on_device(data), None, size)
 
     def _from_workers(self, start: int, stop: int) -> Generator[Minibatch, None, None]:
         """Batches fetched by processes. If one of them dies or hangs, all are replaced, and go on with the
@@ -205,28 +210,6 @@ class Feed:
         if self.device.type == "cuda":  # pinned, so that the copy does not wait for the device
             leaf = leaf.pin_memory()
         return leaf.to(self.device, non_blocking=True)
-
-
-def leave_out(batch: Minibatch, out: NDArray[np.bool_]) -> Minibatch:
-    """The batch with these rows made holes. Their weight is zero, and their data become a copy of another
-    row's: zero times what is not a number would not be zero.
-    """
-    slots = batch.slots
-    ids = np.where(out, HOLE, slots.ids)
-    stay = np.flatnonzero(ids != HOLE)
-    rows = np.where(ids == HOLE, stay[0] if len(stay) else 0, np.arange(len(ids)))
-    device = next((leaf.device for leaf in leaves(batch.data) if isinstance(leaf, Tensor)), None)
-    weights = torch.from_numpy((ids != HOLE).astype(np.float32)).to(device)
-    data = take_rows(batch.data, rows, len(ids))
-    if not len(stay):
-        data = map_leaves(_finite, data)
-    return Minibatch(slots._replace(ids=ids, num_samples=len(stay)), data, weights, len(ids))
-
-
-def _finite(leaf: Any) -> Any:
-    """Zeros for what is not finite."""
-    floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-    return torch.nan_to_num(leaf, nan=0.0, posinf=0.0, neginf=0.0) if floating else leaf
 
 
 class _Fetches(TorchDataset[Tree]):

@@ -41,13 +41,12 @@ class Permutation:
         self._b = -(-n // self._a)
         keys = words(base, np.arange(_ROUNDS, dtype=np.uint64))
         self._keys = keys ^ (keys >> U64(30))
-        self._hashes: list[Words] = []
+        self._moduli = [(self._b, self._a), (self._a, self._b)] * (_ROUNDS // 2)
+        self._tables: list[Words] = []
         if self._a <= _TABLED:
-            moduli = [(self._b, self._a), (self._a, self._b)] * (_ROUNDS // 2)
-            self._hashes = [
-                self._hash(i, np.arange(num, dtype=np.uint64), modulus)
-                for i, (num, modulus) in enumerate(moduli)
-            ]
+            for i, (num, _) in enumerate(self._moduli):
+                hashed = self._computed(i, np.arange(num, dtype=np.uint64))
+                self._tables.append(np.tile(hashed, (i + 1) // 2 + 1))
 
     def __call__(self, positions: Ids) -> Ids:
         """Sample ids at positions of the epoch: int64[k] -> int64[k]."""
@@ -63,58 +62,79 @@ class Permutation:
             return where[ids]
         return self._walk(ids, self._backward)
 
-    def _walk(self, x: Ids, once: Callable[[Words], Words]) -> Ids:
-        words_ = np.asarray(x, np.int64).view(np.uint64)
-        out = np.empty_like(words_)
-        for i in range(0, len(x), _BLOCK):
-            out[i : i + _BLOCK] = once(words_[i : i + _BLOCK])
+    def _walk(self, x: Ids, once: Callable[[Words, Words], None]) -> Ids:
+        out = np.array(x, np.int64).view(np.uint64)
+        memory = np.empty((3, min(len(out), _BLOCK)), np.uint64)
+        for i in range(0, len(out), _BLOCK):
+            block = out[i : i + _BLOCK]
+            once(block, memory[:, : len(block)])
         outside = np.flatnonzero(out >= U64(self.n))
         while outside.size:
-            out[outside] = once(out[outside])
-            outside = outside[out[outside] >= U64(self.n)]
+            again = out[outside]
+            once(again, np.empty((3, len(again)), np.uint64))
+            out[outside] = again
+            outside = outside[again >= U64(self.n)]
         return out.view(np.int64)
 
-    def _forward(self, x: Words) -> Words:
-        left = x // U64(self._b)
-        right = x - left * U64(self._b)
+    def _forward(self, x: Words, memory: Words) -> None:
+        left, right, hashed = memory
+        _divide(x, self._b, left, right)
         for i in range(0, _ROUNDS, 2):
-            self._add(left, i, right, self._a)
-            self._add(right, i + 1, left, self._b)
-        return left * U64(self._b) + right
+            left += self._hash(i, right, hashed)
+            right += self._hash(i + 1, left, hashed)
+        self._join(left, right, x, hashed)
 
-    def _backward(self, x: Words) -> Words:
-        left = x // U64(self._b)
-        right = x - left * U64(self._b)
+    def _backward(self, x: Words, memory: Words) -> None:
+        left, right, hashed = memory
+        _divide(x, self._b, left, right)
         for i in range(_ROUNDS - 2, -1, -2):
-            right += U64(self._b)
-            right -= self._hash(i + 1, left, self._b)
-            np.minimum(right, right - U64(self._b), out=right)
-            left += U64(self._a)
-            left -= self._hash(i, right, self._a)
-            np.minimum(left, left - U64(self._a), out=left)
-        return left * U64(self._b) + right
+            right += U64(self._b) - self._hash(i + 1, left, hashed)
+            left += U64(self._a) - self._hash(i, right, hashed)
+        self._join(left, right, x, hashed)
 
-    def _add(self, half: Words, i: int, other: Words, modulus: int) -> None:
-        half += self._hash(i, other, modulus)
-        np.minimum(half, half - U64(modulus), out=half)  # wraps to a large number if it is below
+    def _join(self, left: Words, right: Words, out: Words, memory: Words) -> None:
+        _reduce(left, self._a, memory)
+        _reduce(right, self._b, memory)
+        np.multiply(left, U64(self._b), out=out)
+        out += right
 
-    def _hash(self, i: int, half: Words, modulus: int) -> Words:
+    def _hash(self, i: int, half: Words, out: Words) -> Words:
+        """Hash of one half in a round, to be added to the other. Halves grow by it, and are reduced at the
+        end: each table goes on for as far as its half can have grown by then.
+        """
+        if self._tables:
+            return np.take(self._tables[i], half.view(np.int64), out=out, mode="wrap")
+        modulus = U64(self._moduli[i][0])  # to which one hash has been added since the last time
+        np.minimum(half, np.subtract(half, modulus, out=out), out=half)  # wraps to a large number if below
+        return self._computed(i, half, out)
+
+    def _computed(self, i: int, half: Words, out: Words | None = None) -> Words:
         """Keyed hash of one half, reduced to ``range(modulus)`` by multiply-high; both below 2**30.
 
         This is ``((mix(half ^ key) >> 32) * modulus) >> 32``, with the first step of `mix` taken with the
         key: of what it shifts by 30 nothing is left of a half.
         """
-        if self._hashes:
-            return np.take(self._hashes[i], half.view(np.int64), mode="wrap")
-        x: Words = half ^ self._keys[i]
+        x: Words = np.bitwise_xor(half, self._keys[i], out=out)
         x *= M1
         x ^= x >> U64(27)
         x *= M2
         x ^= x >> U64(31)
         x >>= U64(32)
-        x *= U64(modulus)
+        x *= U64(self._moduli[i][1])
         x >>= U64(32)
         return x
+
+
+def _divide(x: Words, by: int, quotient: Words, rest: Words) -> None:
+    np.floor_divide(x, U64(by), out=quotient)
+    np.multiply(quotient, U64(by), out=rest)
+    np.subtract(x, rest, out=rest)
+
+
+def _reduce(x: Words, modulus: int, memory: Words) -> None:
+    np.floor_divide(x, U64(modulus), out=memory)
+    memory *= U64(modulus)
+    x -= memory
 
 
 class Order:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import random
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -21,8 +20,6 @@ from surefoot.types import Ids, Tree, leaves, map_leaves
 
 _WHOLE_BYTES = 1 << 24
 _SAMPLED_ROWS = 4096
-_BUFFERS = 3
-_OWN_USES = 2  # of a storage: by its tensor, and by the object that is asked
 
 
 class Arrays:
@@ -64,22 +61,19 @@ class Arrays:
         index = torch.from_numpy(ids) if ids.flags.writeable else torch.from_numpy(ids.copy())
         return map_leaves(lambda t: t.index_select(0, index), self._tree)
 
-    def gather(self, ids: Ids, into: list[Tensor] | None) -> list[Tensor]:
-        """The leaves of what `fetch` returns, in the memory of an earlier result if there is one."""
-        index, arrays = torch.from_numpy(ids), leaves(self._tree)
-        if into is None:
-            return [t.index_select(0, index) for t in arrays]
-        return [torch.index_select(t, 0, index, out=o) for t, o in zip(arrays, into, strict=True)]
-
     def nest(self, parts: Sequence[Tensor]) -> Tree:
         """Leaves in the nest the arrays were given in."""
         if isinstance(self._tree, dict):
             return dict(zip(self._tree, parts, strict=True))
         return tuple(parts) if isinstance(self._tree, tuple) else parts[0]
 
+    def arrays(self) -> list[Tensor]:
+        """The arrays, as leaves of what `fetch` returns."""
+        return leaves(self._tree)
+
     def row_bytes(self) -> list[int]:
         """Of one sample, per array."""
-        return [t[:1].numel() * t.element_size() for t in leaves(self._tree)]
+        return [t[:1].numel() * t.element_size() for t in self.arrays()]
 
     def fingerprint(self) -> dict[str, Any]:
         """Shapes, dtypes and a BLAKE2b digest: of all bytes up to 16 MiB, else of 4,096 rows."""
@@ -101,34 +95,6 @@ class Arrays:
             "digest": digest.hexdigest(),
             "digest_of": "all rows" if whole else f"{_SAMPLED_ROWS} rows",
         }
-
-
-class Pool:
-    """Gathers rows of arrays into memory used before, where no tensor refers to it any more: fresh memory
-    takes about as long as what is written into it.
-    """
-
-    def __init__(self, source: Arrays) -> None:
-        self._source = source
-        self._kept: deque[list[Tensor]] = deque(maxlen=_BUFFERS)
-
-    def gather(self, ids: Ids) -> list[Tensor]:
-        """Rows of each array; only views of these may be given away."""
-        into = next((kept for kept in self._kept if len(kept[0]) == len(ids) and _unused(kept)), None)
-        gathered = self._source.gather(ids, into)
-        if into is None:
-            self._kept.append(gathered)
-        return gathered
-
-
-def _unused(tensors: list[Tensor]) -> bool:
-    """Whether no other tensor, view or array, nor a graph of autograd, nor another process, has the memory
-    of any of these.
-    """
-    storages = [t.untyped_storage() for t in tensors]
-    if any(s.is_shared() for s in storages):
-        return False
-    return all(torch._C._storage_Use_Count(s._cdata) == _OWN_USES for s in storages)
 
 
 def _tensor(array: Any, name: int | str) -> Tensor:

@@ -1,0 +1,70 @@
+"""Rows of arrays, gathered into memory that is used again."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from surefoot.types import Ids
+
+_BUFFERS = 3
+
+
+class Pool:
+    """Gathers rows of arrays into memory used before, where no tensor refers to it any more: fresh memory
+    takes about as long as what is written into it.
+    """
+
+    def __init__(self, arrays: list[Tensor]) -> None:
+        self._arrays = _Memory(arrays)
+        self._kept: deque[_Memory] = deque(maxlen=_BUFFERS)
+
+    def gather(self, ids: Ids) -> list[Tensor]:
+        """Rows of each array; only views of these may be given away."""
+        index = torch.from_numpy(ids)
+        into = next((kept for kept in self._kept if kept.is_free(len(ids))), None)
+        if into is None:
+            into = _Memory([t.index_select(0, index) for t in self._arrays.tensors])
+            self._kept.append(into)
+            return into.tensors
+        by_numpy = torch.get_num_threads() == 1  # which is faster then
+        for i, (tensor, rows) in enumerate(zip(self._arrays.tensors, self._arrays.rows, strict=True)):
+            if by_numpy and rows is not None:
+                np.take(rows, ids, axis=0, out=into.rows[i], mode="clip")
+            else:
+                torch.index_select(tensor, 0, index, out=into.tensors[i])
+        return into.tensors
+
+
+class _Memory:
+    """Tensors, and the rows of each as bytes."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+        self.rows = [_bytes(t) for t in tensors]
+        self._own_uses = [_uses(t) for t in tensors]
+
+    def is_free(self, num_rows: int) -> bool:
+        """Whether it is for so many rows, and no other tensor, view or array, nor a graph of autograd, nor
+        another process, has the memory of any of these.
+        """
+        if len(self.tensors[0]) != num_rows or any(t.untyped_storage().is_shared() for t in self.tensors):
+            return False
+        return [_uses(t) for t in self.tensors] == self._own_uses
+
+
+def _uses(tensor: Tensor) -> int:
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+def _bytes(tensor: Tensor) -> NDArray[np.uint8] | None:
+    """A tensor's rows as bytes, uint8[N, bytes of a row], in its own memory, if they lie there in a row."""
+    plain = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.is_contiguous()
+    if not plain or not tensor.numel() or tensor.is_conj() or tensor.is_neg():
+        return None
+    in_a_row = tensor.as_strided((tensor.numel(),), (1,))  # of one element, strides may be anything
+    return in_a_row.view(torch.uint8).numpy().reshape(len(tensor), -1)

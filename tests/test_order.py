@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import surefoot as sf
 from surefoot.data.feed import Feed
-from surefoot.data.order import ALGORITHM, Order, Permutation
+from surefoot.data.order import ALGORITHM, Order, Permutation, sorting
 from surefoot.data.plan import Cadence, Plan
 from surefoot.data.pool import Pool
 from surefoot.data.sources import Arrays
@@ -47,6 +47,15 @@ def test_hashes_are_the_same_looked_up_and_computed(n, seed, data):
     positions = np.arange(start, start + 100)
     assert np.array_equal(looked_up(positions), computed(positions))
     assert np.array_equal(looked_up.inverse(positions), computed.inverse(positions))
+
+
+@given(st.lists(st.integers(0, 3), max_size=40), st.sampled_from([0, 15, 16, 17, 40, 62]), st.booleans())
+def test_hashes_are_sorted_as_by_a_stable_sort(numbers, shift, low):
+    """Where some are equal, in part or as a whole, too."""
+    hashes = np.array(numbers, np.uint64) << np.uint64(shift)
+    if low:
+        hashes += np.arange(len(hashes), dtype=np.uint64)[::-1]
+    assert np.array_equal(sorting(hashes), np.argsort(hashes, kind="stable"))
 
 
 @settings(max_examples=40, deadline=None)

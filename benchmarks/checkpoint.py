@@ -112,10 +112,11 @@ def copies(module: nn.Module) -> dict[str, Any]:
 
 
 def others(layers: int, folder: Path) -> dict[str, Any]:
-    import torch.distributed.checkpoint as dcp
     from safetensors.torch import save_file
+    from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-    state, found = state_of(model(layers)), {}
+    state: dict[str, Any] = state_of(model(layers))
+    found: dict[str, Any] = {}
 
     def timed(name: str, action: Any) -> None:
         times = []
@@ -127,7 +128,7 @@ def others(layers: int, folder: Path) -> dict[str, Any]:
 
     timed("torch.save", lambda path: torch.save(state, path))
     timed("safetensors", lambda path: save_file(state, path))
-    timed("dcp.save", lambda path: dcp.save(state, checkpoint_id=path))
+    timed("dcp.save", lambda path: save(state, checkpoint_id=path))
     try:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1
@@ -135,7 +136,7 @@ def others(layers: int, folder: Path) -> dict[str, Any]:
         returned, finished = [], []
         for i in range(3):
             began = time.perf_counter()
-            future = dcp.async_save(state, checkpoint_id=folder / f"async{i}")
+            future: Any = async_save(state, checkpoint_id=folder / f"async{i}")
             returned.append(time.perf_counter() - began)
             future.result()
             finished.append(time.perf_counter() - began)

@@ -115,12 +115,13 @@ def silent(made: Prepared) -> Iterator[None]:
     """The same updates, compiled, of which nobody is told."""
     feed = made.feed(lambda kind, **facts: None)
     course = made.course(feed, None, Silence(), deque(maxlen=1))  # type: ignore[arg-type]
-    left, take = 0, None
+    left, take, graph = 0, None, course.graph
+    assert graph is not None
     for batch in feed.batches(0, LONG):
         if left < 1:
-            left, take = course.graph.direct(course.state.step, (math.inf, math.inf))
+            left, take = graph.direct(course.state.step, (math.inf, math.inf))
         whole, multiplier = to_be_taken(course, batch)
-        if left < 1 or take(whole, multiplier) is None:
+        if left < 1 or take is None or take(whole, multiplier) is None:
             left = 0
             update(course, batch)
         else:

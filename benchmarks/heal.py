@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -38,7 +38,7 @@ OPTIMUM = 0.5  # of the quadratic's loss
 FIRST_SEED = 3  # the three before are those of `make test`
 
 
-def played(number: int, seed: int, mode: str) -> dict[str, Any]:
+def played(number: int, seed: int, mode: Literal["heal", "off"]) -> dict[str, Any]:
     """One run. Number 0 is the undisturbed one."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

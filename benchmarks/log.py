@@ -60,7 +60,7 @@ def main():
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     rows = [row(i) for i in range(ROWS)]
-    times = {writer.__name__: [] for writer in (step_log, write_each, json_lines)}
+    times: dict[str, list[float]] = {writer.__name__: [] for writer in (step_log, write_each, json_lines)}
     for _ in range(arguments.rounds):
         for writer in (step_log, write_each, json_lines):
             with tempfile.TemporaryDirectory() as folder:

@@ -174,7 +174,7 @@ def huggingface_trainer(w: Any, clock: Clock) -> None:
         def forward(self, x: Any, labels: Any) -> Any:
             return {"loss": F.cross_entropy(self.model(x), labels)}
 
-    class Pairs(torch.utils.data.Dataset):
+    class Pairs(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         def __init__(self) -> None:
             self.x, self.y = w.data()
 
@@ -421,7 +421,7 @@ def compare(
         for name in contenders[turn % len(contenders) :] + contenders[: turn % len(contenders)]:
             if name in failed:
                 continue
-            command = [python, __file__, "--one", workload, name, "--threads", str(threads)]
+            command = [str(python), __file__, "--one", workload, name, "--threads", str(threads)]
             done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=1800)
             if done.returncode:
                 failed[name] = (done.stderr.strip().splitlines() or ["?"])[-1]

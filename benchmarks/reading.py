@@ -45,7 +45,7 @@ def main() -> None:
         {"surefoot": surefoot(x), "dataloader": dataloader(x)}, steps=EPOCH // 10, turns=arguments.rounds
     )
     all_times = times | {"dataloader": slow["dataloader"]}
-    result = {
+    result: dict[str, Any] = {
         "us_per_batch": {name: statistics.median(values) for name, values in all_times.items()},
         "rate_of_index_select": 1 / ratio(times, "surefoot", "index_select"),
         "times_dataloader": ratio(slow, "dataloader", "surefoot"),

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from surefoot.record.rows import read_newest
 
@@ -46,7 +47,7 @@ def main() -> None:
             restart.append(time.perf_counter() - killed)
             process.kill()
             process.wait()
-    result = {
+    result: dict[str, Any] = {
         "cold_s": statistics.median(cold),
         "restart_s": statistics.median(restart),
         "ratio": statistics.median(restart) / statistics.median(cold),

@@ -15,7 +15,7 @@ class Workload:
     """A model, its data, and how it is trained. `warm` updates are not timed, `timed` are."""
 
     name: str
-    model: type[nn.Module]
+    model: Any
     optimizer: str
     lr: float
     batch: int
@@ -25,7 +25,7 @@ class Workload:
     def data(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets, the same for every contender."""
         generator = torch.Generator().manual_seed(0)
-        return self.model.samples(generator)  # type: ignore[operator, no-any-return]
+        return self.model.samples(generator)
 
 
 class MLP(nn.Sequential):

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, blobs, recipe, surefoot, surefoot_process
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scenarios import SCENARIOS, _mislabel, base, mixture, play, spoiling
+from scenarios import SCENARIOS, _mislabel, base, mixture, mlp, play, spoiling
 from test_kill import newest_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -565,6 +565,35 @@ def test_looking_into_a_suspicion_leaves_the_run_as_it_was(tmp_path, monkeypatch
         found.append((done.digest, done.ledger, log["loss"].tolist(), log["grad_norm"].tolist()))
     assert looked
     assert found[0] == found[1]
+
+
+class Late(torch.nn.Module):
+    """Counts its passes in training, and, in a buffer that is not kept, those from the 451st on."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("late", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.seen += 1
+            if self.seen > 450:
+                self.late += 1
+        return self.net(x)
+
+
+@pytest.mark.parametrize("stops", [(), (300,), (460, 506)])
+def test_a_buffer_that_first_changed_after_the_state_gone_back_to_is_put_back(tmp_path, stops):
+    jumps = sf.constant(over=500) >> sf.constant() * 100.0
+    changed = base(0, sf.Guard(), schedule=jumps, model=Late)
+    for stop in stops:
+        sf.fit(changed, out=tmp_path / "run", operations=Operations(budget={"updates": stop}))
+    done = sf.fit(changed, out=tmp_path / "run")
+    (back,) = events(tmp_path / "run", "rolled_back")
+    assert done.status == "finished" and back["step"] == 400
+    assert done.model.late == done.model.seen - 450
 
 
 def test_a_run_that_is_watched_is_not_taken_back_to_look_into_it(tmp_path):

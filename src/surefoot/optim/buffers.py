@@ -20,13 +20,17 @@ class Buffers:
 
     def __init__(self, model: nn.Module) -> None:
         self._owners: dict[str, tuple[dict[str, Tensor | None], str]] = {}
+        self._unsaved: set[str] = set()
         for prefix, module in model.named_modules():
             for leaf, buffer in module._buffers.items():
                 if buffer is not None and buffer.numel():
                     name = f"{prefix}.{leaf}" if prefix else leaf
                     self._owners[name] = (module._buffers, leaf)
+                    if leaf in module._non_persistent_buffers_set:
+                        self._unsaved.add(name)
         self._kept: dict[str, Tensor] = {}
         self._first: dict[str, tuple[int, int]] = {}
+        self._made: dict[str, Tensor] = {}  # what unsaved ones that change were before they did
         self._learned = False
         norms = {
             id(b) for m in model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)
@@ -66,6 +70,8 @@ class Buffers:
             live = self._live(name)
             same = (id(live), live._version) == self._first[name]
             if not same or not (self._learned or torch.equal(live, self._kept[name])):
+                if name in self._unsaved:
+                    self._made[name] = self._kept[name].clone()
                 self.changing.append(name)
         self._learned = True
         if on_host and permitted.item():
@@ -91,17 +97,19 @@ class Buffers:
         return {name: self._live(name) for name in self.changing if name not in known}
 
     def put_back(self, values: dict[str, Tensor]) -> None:
-        """Restores what `transient` gave, and counts it among those that change. To be called once the
-        others are restored: that alone makes none of them one that changes.
+        """Restores what `transient` gave, and counts it among those that change; what began to change later
+        becomes what it was before. To be called once the others are restored: that alone makes none of them
+        one that changes.
         """
-        for name, value in values.items():
+        for name, value in (self._made | values).items():
             live = self._live(name)
+            if name not in self.changing:
+                self._made[name] = live.detach().clone()
+                self.changing.append(name)
             if live.shape == value.shape:
                 live.copy_(value)
             else:
-                self._put(name, value.to(live.device))
-            if name not in self.changing:
-                self.changing.append(name)
+                self._put(name, value.to(live.device, copy=True))
         for name in self._kept.keys() - set(self.changing):
             live = self._live(name)
             self._first[name] = (id(live), live._version)

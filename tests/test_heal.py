@@ -592,7 +592,7 @@ def test_a_buffer_that_first_changed_after_the_state_gone_back_to_is_put_back(tm
         sf.fit(changed, out=tmp_path / "run", operations=Operations(budget={"updates": stop}))
     done = sf.fit(changed, out=tmp_path / "run")
     (back,) = events(tmp_path / "run", "rolled_back")
-    assert done.status == "finished" and back["step"] == 400
+    assert (done.status, back["step"]) == ("finished", 400)
     assert done.model.late == done.model.seen - 450
 
 

@@ -24,6 +24,7 @@ import surefoot as sf
 from surefoot.api import result, run_steps
 from surefoot.blame import usual_loss
 from surefoot.build import build
+from surefoot.data.plan import Plan
 from surefoot.guard.detect import LOSS_SPIKE, NOT_FINITE
 from surefoot.guard.history import History, Intervention
 from surefoot.guard.judge import Judge
@@ -544,6 +545,17 @@ def rare(p, sep, lr):
 def test_samples_that_stand_out_in_every_batch_are_no_reason_for_alarm(tmp_path, p, sep, lr):
     run = sf.open_run(sf.fit(rare(p, sep, lr), out=tmp_path / "run").run_dir)
     assert not [e for e in run.events() if e["kind"] in ("alarm", "rolled_back", "quarantined")]
+
+
+def test_what_is_left_out_by_then_says_nothing_of_how_the_run_began(tmp_path):
+    changed = rare(0.02, 0.6, 0.1)
+    (x, y), plan = changed.data.arrays(), Plan(len(changed.data), 64)
+    bad = sorted(int(plan.ids(step)[5]) for step in range(1, 11))
+    x[bad] = torch.nan
+    done = sf.fit(dataclasses.replace(changed, data=sf.Arrays(x, y)), out=tmp_path / "run")
+    kinds = {e["kind"] for e in sf.open_run(done.run_dir).events()}
+    assert sorted(i for e in events(tmp_path / "run", "quarantined") for i in e["ids"]) == bad
+    assert not kinds & {"alarm", "rolled_back"}
 
 
 @pytest.mark.parametrize("compile", ["off", "on"])

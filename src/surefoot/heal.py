@@ -366,14 +366,19 @@ class Healer:
     def reconsidered(self, alarm: Alarm) -> Alarm | None:
         """A suspicion (D6) that the run does not learn; None if it turns out to be wrong. If samples that
         stand out had to be left out of what the loss was before the first update, the next batches are
-        asked what theirs was: such samples may be in all of them. The state is as before.
+        asked what theirs was, without what is left out by now: such samples may be in all of them. The state
+        is as before.
         """
         reviewed = self.parts.guard.reviewed
         if reviewed.first != reviewed.untrained:
             return alarm
-        now = self.state.snapshot().copy()
+        now, history = self.state.snapshot().copy(), self.parts.guard.history
         self.state.restore(self.initial())
-        losses = [probe(self.parts, self.batch(step))[0] for step in range(1, 1 + _CANARY)]
+        losses = []
+        for step in range(1, 1 + _CANARY):
+            batch = self.feed.at(step)
+            out = history.holes(alarm.step, batch.slots.ids)
+            losses.append(probe(self.parts, batch if out is None else leave_out(batch, out))[0])
         self.state.restore(now)
         reviewed = self.parts.guard.reviewed
         reviewed.first = statistics.median([x for x in losses if math.isfinite(x)] or [reviewed.first])

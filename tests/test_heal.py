@@ -639,6 +639,18 @@ def test_a_run_that_its_first_batch_broke_is_healed_though_single_losses_are_hug
     assert np.median(sf.open_run(done.run_dir).log()["loss"][-50:]) < 0.5
 
 
+@pytest.mark.parametrize(("seed", "scale"), [(0, 1e3), (3, 1e3)])
+def test_a_first_loss_that_a_sample_makes_half_as_high_again_hides_no_collapse(tmp_path, seed, scale):
+    x, y = mixture(7 + seed, 5000)
+    first = Plan(5000, 64, seed=seed).ids(0)[0]
+    x[first] *= scale
+    y[first] = (y[first] + 5) % 10
+    fast = base(seed, sf.Guard(), optimizer=sf.SGD(lr=0.3, momentum=0.9))
+    done = sf.fit(with_data(fast, x, y, "6ep"), out=tmp_path / "run")
+    assert [e["detector"] for e in events(tmp_path / "run", "rolled_back")] == ["D6"]
+    assert done.metrics["accuracy"] > 0.85
+
+
 def test_a_sample_that_weighs_nothing_is_not_to_blame_for_the_first_batch(tmp_path):
     x, y = blobs(64 * 200, classes=3)
     changed = recipe(data=sf.Arrays(x, y), batch=sf.Batch(64), optimizer=sf.SGD(lr=0.1), until=400)

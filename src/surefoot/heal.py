@@ -366,8 +366,8 @@ class Healer:
     def reconsidered(self, alarm: Alarm) -> Alarm | None:
         """A suspicion (D6) that the run does not learn; None if it turns out to be wrong. If samples that
         stand out had to be left out of what the loss was before the first update, the next batches are
-        asked what theirs was, without what is left out by now: such samples may be in all of them. The state
-        is as before.
+        asked what theirs was, without what is left out by now: such samples may be in all of them. The
+        state is as before.
         """
         reviewed = self.parts.guard.reviewed
         if reviewed.first != reviewed.untrained:

@@ -18,7 +18,6 @@ _MANY_SKIPS, _OF_STEPS = 8, 20
 _SKIPS = (1 << _OF_STEPS) - 1
 _HARD_STREAK = 4
 _COLLAPSE_BLOCKS, _COME_DOWN = 6, 0.1
-_OUTWEIGHED = 2.0
 _COLLAPSE_STEPS = _COLLAPSE_BLOCKS * BLOCK
 
 Detector = str
@@ -119,7 +118,7 @@ class Review:
         """D3: has the loss left its best level for good?"""
         if math.isnan(self.level):
             self.first = self.level = losses[0]
-            if 0 < _OUTWEIGHED * abs(self.untrained) < self.first:
+            if self._came_down(self.untrained):
                 self.first = self.untrained
         level, spread, best, above = self.level, self.spread, self.best, self.num_above
         far, counts, is_old = self._far(), not bears, self.age > BURN_IN
@@ -157,7 +156,10 @@ class Review:
 
     def learns(self) -> bool:
         """Whether the loss has come down from where it began."""
-        return statistics.median(self.losses) <= self.first - _COME_DOWN * abs(self.first)
+        return self._came_down(statistics.median(self.losses))
+
+    def _came_down(self, loss: float) -> bool:
+        return loss <= self.first - _COME_DOWN * abs(self.first)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON."""

@@ -179,26 +179,16 @@ def settle(course: Course, label: Label | None, attempt: Attempt | None) -> Alar
     if label is None or attempt is None:
         arrived = course.readings.rest()
     else:
-        numbers = (
+        waiting = (
             attempt.loss, attempt.grad_norm, attempt.update_ratio, attempt.permitted, attempt.verdict,
             attempt.clip,
         )  # fmt: skip
         scale = () if attempt.loss_scale is None else (attempt.loss_scale,)
-        arrived = course.readings.put(label, numbers + scale)
-    for row, (loss, grad_norm, ratio, permitted, verdict, clip, *loss_scale) in arrived:
+        arrived = course.readings.put(label, waiting + scale)
+    for row, numbers in arrived:
+        loss, grad_norm, _, permitted, verdict, _, *loss_scale = numbers
         slots, scale_used = row.slots, loss_scale[0] if loss_scale else 1.0
-        taken = _note(
-            course,
-            row,
-            bool(permitted),
-            int(verdict),
-            loss,
-            grad_norm,
-            clip,
-            ratio,
-            scale_used,
-            time.time(),
-        )
+        taken = _note(course, row, (*numbers[:6], scale_used), time.time())
         if not permitted and verdict != SAT_OUT:
             state.num_refused += 1
         overflow = bool(loss_scale) and math.isfinite(loss) and scale_used > LossScale.LEAST
@@ -221,7 +211,7 @@ def settle_calm(course: Course, taken: Sequence[tuple[Label, list[float], float]
     that the last of them raises, if it does: only that which completes what `calm_for` allows for can.
     """
     for label, (loss, grad_norm, ratio, _), ended in taken:
-        _note(course, label, True, FINE, loss, grad_norm, 1.0, ratio, 1.0, ended)
+        _note(course, label, (loss, grad_norm, ratio, 1, FINE, 1.0, 1.0), ended)
     losses, norms = ([numbers[i] for _, numbers, _ in taken] for i in range(2))
     return _heeded(course, course.parts.guard.take_calm(taken[-1][0].slots.step, losses, norms))
 
@@ -236,26 +226,16 @@ def _heeded(course: Course, alarm: Alarm | None) -> Alarm | None:
     return None
 
 
-def _note(
-    course: Course,
-    label: Label,
-    permitted: bool,
-    verdict: int,
-    loss: float,
-    grad_norm: float,
-    clip: float,
-    ratio: float,
-    loss_scale: float,
-    now: float,
-) -> Row:
-    """Writes a row, and extends the ledger."""
+def _note(course: Course, label: Label, numbers: Sequence[float], now: float) -> Row:
+    """Writes a row, and extends the ledger. numbers: as `settle` has them, the loss scale always."""
     slots = label.slots
+    loss, grad_norm, ratio, permitted, verdict, clip, loss_scale = numbers
     course.told.row((
         slots.step, course.told.attempt, slots.epoch, label.samples, slots.num_samples, label.num_micro,
-        int(permitted), verdict, label.lr, loss, grad_norm, clip, ratio, loss_scale,
+        int(permitted), int(verdict), label.lr, loss, grad_norm, clip, ratio, loss_scale,
         label.data_wait_s, label.step_s, label.wall_s, label.wall_s * course.price_per_s, now,
     ))  # fmt: skip
-    row = Row(slots.step, loss, grad_norm, permitted)
+    row = Row(slots.step, loss, grad_norm, bool(permitted))
     course.rows.append(row)
     if permitted:
         course.state.ledger.extend(slots.step, slots.ids)

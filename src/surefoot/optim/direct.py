@@ -40,7 +40,7 @@ def sgd_step(optimizer: Optimizer) -> bool:
                 )  # fmt: skip
                 continue
             if buffers:
-                momentum = torch.tensor(group["momentum"], dtype=torch.float32, device="cpu")
+                momentum = torch.scalar_tensor(group["momentum"], dtype=torch.float32, device="cpu")
                 torch._foreach_mul_(buffers, momentum)  # a number would take three times as long
                 torch._foreach_add_(buffers, grads)
             torch._foreach_add_(params, buffers or grads, alpha=-group["lr"])

@@ -62,7 +62,7 @@ class ClipNorm:
             return self.max_norm / (norm + 1e-6)
         with np.errstate(all="ignore"):
             factor = _ONE / (np.float32(norm.item()) + _LITTLE) * np.float32(self.max_norm)
-        return torch.tensor(float(factor), dtype=torch.float32, device="cpu")
+        return torch.scalar_tensor(float(factor), dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True, slots=True)

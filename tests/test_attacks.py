@@ -523,6 +523,28 @@ class Reassigned(nn.Module):
         return self.inner(x - self.mean)
 
 
+class OfAnotherType(torch.nn.Module):
+    """A buffer that is not kept, of whole numbers at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(8, 3)
+        self.register_buffer("mean", torch.zeros(8, dtype=torch.int64), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.mean = self.mean + 0.25
+        return self.net(x + self.mean)
+
+
+def test_a_buffer_that_becomes_one_of_another_type_continues(tmp_path):
+    changed = recipe(model=OfAnotherType, until=40)
+    whole = sf.fit(changed, out=tmp_path / "whole")
+    sf.fit(changed, out=tmp_path / "parts", operations=sf.Operations(budget={"updates": 15}))
+    done = sf.fit(changed, out=tmp_path / "parts")
+    assert (done.digest, done.model.mean.tolist()) == (whole.digest, whole.model.mean.tolist())
+
+
 @pytest.mark.parametrize("persistent", [True, False])
 def test_a_buffer_that_is_reassigned_is_undone_and_continued(tmp_path, persistent):
     x, y = blobs(256)

@@ -608,6 +608,88 @@ def test_a_buffer_that_first_changed_after_the_state_gone_back_to_is_put_back(tm
     assert done.model.late == done.model.seen - 450
 
 
+class View(torch.nn.Module):
+    """With a buffer that is not kept, and is in the memory of what is."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.net = mlp()
+        self.register_buffer("seen", torch.zeros(1))
+        same = self.net[0].weight.detach() if of == "weight" else self.seen
+        self.register_buffer("view", same[:], persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.seen += 1
+            if self.seen > 450:
+                self.view.mul_(1.0)
+        return self.net(x) * (1 + 1e-4 * self.seen)
+
+
+@pytest.mark.parametrize("of", ["weight", "buffer"])
+def test_a_buffer_in_the_memory_of_another_goes_back_with_that(tmp_path, of):
+    jumps = sf.constant(over=500) >> sf.constant() * 100.0
+    changed = base(0, sf.Guard(), schedule=jumps, model=lambda: View(of))
+    found = set()
+    for stops in ((), (460, 506), (505,)):
+        for stop in (*stops, None):
+            budget = {} if stop is None else {"updates": stop}
+            done = sf.fit(changed, out=tmp_path / str(stops), operations=Operations(budget=budget))
+        assert len(events(tmp_path / str(stops), "rolled_back")) == 1
+        found.add((done.status, done.digest, done.ledger))
+    assert len(found) == 1
+
+
+class Grows(torch.nn.Module):
+    """A table that is made longer when it is too short, and noted to be."""
+
+    def __init__(self):
+        super().__init__()
+        self.grow(8)
+
+    def grow(self, length):
+        self.length = length
+        self.register_buffer("table", torch.ones(length), persistent=False)
+
+    def forward(self, x):
+        if x.shape[1] > self.length:
+            self.grow(x.shape[1])
+        return x * self.table
+
+
+def test_a_table_that_has_grown_stays_so(tmp_path):
+    x, y = mixture(7, 64 * 300)
+    first = Plan(len(x), 64).ids(0)[0]
+    x[first] *= 1e4
+    changed = sf.Recipe(
+        model=lambda: torch.nn.Sequential(Grows(), mlp()), data=sf.Arrays(x, y),
+        objective=sf.supervised(torch.nn.functional.cross_entropy), optimizer=sf.SGD(lr=0.3, momentum=0.9),
+        batch=sf.Batch(64), until=300,
+    )  # fmt: skip
+    done = sf.fit(changed, out=tmp_path / "run")
+    assert done.status == "finished"
+    assert events(tmp_path / "run", "rolled_back")[0]["step"] == 0
+
+
+def test_a_run_that_fails_while_it_is_taken_back_to_its_beginning_stays(tmp_path):
+    plan, reads = Plan(64 * 400, 64), []
+
+    class OnceOnly(sf.Arrays):
+        def fetch(self, ids):
+            reads.append(int(ids[0]))
+            if reads.count(reads[-1]) > 1 and reads[-1] == plan.ids(1)[0]:
+                raise OSError("the first batches are gone")
+            return super().fetch(ids)
+
+    changed = rare(0.02, 0.6, 0.1)
+    changed = dataclasses.replace(changed, data=OnceOnly(*changed.data.arrays()))
+    with pytest.raises(OSError, match="are gone"):
+        sf.fit(changed, out=tmp_path / "run")
+    run = sf.open_run(tmp_path / "run")
+    assert run.status == "failed"
+    assert len(run.log()["loss"]) > 100
+
+
 def test_a_run_that_is_watched_is_not_taken_back_to_look_into_it(tmp_path):
     changed = dataclasses.replace(rare(0.02, 0.6, 0.1), guard=sf.Guard("watch"))
     built = build(changed, RunFolder(tmp_path / "run"), Operations(progress="off"))

@@ -365,6 +365,41 @@ def _same_bytes(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*bits)
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_arrays_that_move_to_shared_memory_are_followed(threads, num_threads):
+    threads(num_threads)
+    x, others = torch.randn(5000, 16), []
+    feed = Feed(Arrays(x), Plan(5000, 64, seed=3), 0, torch.device("cpu"))
+    for batch in feed.batches(0, 200):
+        if batch.slots.step == 20:
+            x.share_memory_()
+        others.append(torch.full_like(x, 7.0))  # where it was before
+        del others[:-4]
+        assert torch.equal(batch.data, x[batch.slots.ids.copy()])
+
+
+def test_sparse_rows_are_fetched_one_batch_at_a_time():
+    x = torch.eye(512)
+    feed = Feed(Arrays(x.to_sparse()), Plan(512, 64, seed=3), 0, torch.device("cpu"))
+    for batch in feed.batches(0, 16):
+        assert torch.equal(batch.data.to_dense(), x[batch.slots.ids.copy()])
+
+
+@pytest.mark.parametrize("size", [63, 64])
+def test_a_model_may_change_its_batch_in_place(fit, size):
+    class Scales(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.net = torch.nn.Parameter(torch.ones(8)), torch.nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.net(x.mul_(self.scale))
+
+    x, y = blobs(64 * 40)
+    done = fit(model=Scales, data=Arrays(x, y), batch=sf.Batch(size), until=100)
+    assert done.status == "finished"
+
+
 class Doubled(Arrays):
     def fetch(self, ids):
         return super().fetch(ids) * 2

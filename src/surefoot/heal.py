@@ -374,13 +374,10 @@ class Healer:
             return alarm
         now, history = self.state.snapshot().copy(), self.parts.guard.history
         self.state.restore(self.initial())
-        losses = []
-        for step in range(1, 1 + _CANARY):
-            batch = self.feed.at(step)
-            out = history.holes(alarm.step, batch.slots.ids)
-            losses.append(probe(self.parts, batch if out is None else leave_out(batch, out))[0])
+        batches = (self.batch(step, history, at=alarm.step) for step in range(1, 1 + _CANARY))
+        losses = [probe(self.parts, batch)[0] for batch in batches]
         self.state.restore(now)
-        reviewed = self.parts.guard.reviewed
+        reviewed = self.parts.guard.reviewed  # another by now
         reviewed.first = statistics.median([x for x in losses if math.isfinite(x)] or [reviewed.first])
         reviewed.untrained = math.nan
         return reviewed.collapse(alarm.step)
@@ -391,10 +388,10 @@ class Healer:
         """Samples without which the step that was refused would have been permitted."""
         return to_blame(self.parts, self.batch(step))
 
-    def batch(self, step: int) -> Minibatch:
-        """The batch of a step, without what is in quarantine."""
+    def batch(self, step: int, history: History | None = None, *, at: int | None = None) -> Minibatch:
+        """The batch of a step, without what is in quarantine there; or in step `at` of another history."""
         batch = self.feed.at(step)
-        out = self.parts.guard.history.holes(step, batch.slots.ids)
+        out = (history or self.parts.guard.history).holes(step if at is None else at, batch.slots.ids)
         return batch if out is None else leave_out(batch, out)
 
     def quarantine(self, slots: Slots, blamed: Blame, *, lag: int) -> Stop | bool:

@@ -93,7 +93,7 @@ def steps(run: Run) -> Generator[Outcome, None, None]:
         _end(run, reason="the caller left the loop")
         raise
     except Exception as error:
-        if not (run.fresh and run.state.step == 0):
+        if not (run.fresh and run.state.step == run.record.num_rows == 0):  # it may have gone back there
             _fail(run, error)
             raise
         run.record.discard()  # nothing was learned: leave nothing behind

@@ -72,7 +72,7 @@ class Feed:
 
     def _most_steps(self) -> int:
         """Steps that are gathered in one call: what stays in a cache, if each begins with a line of it."""
-        if not self.at_hand:
+        if not self.at_hand or any(t.layout != torch.strided for t in self.source.arrays()):
             return 1
         row_bytes: list[int] = self.source.row_bytes()
         sizes = [num * self.plan.batch_size for num in row_bytes]
@@ -110,7 +110,7 @@ class Feed:
         size, here, nest = self.plan.batch_size, self.device.type == "cpu", self.source.nest
         parts = [torch.split(leaf, size) for leaf in gathered]
         for i in range(start, len(slots)):
-            data = nest([part[i] for part in parts])
+            data = nest([part[i].data for part in parts])  # a view that autograd takes for none
             yield Minibatch(slots[i], data if here else self._on_device(data), None, size)
 
     def _from_workers(self, start: int, stop: int) -> Generator[Minibatch, None, None]:

@@ -1,4 +1,5 @@
-"""The order of samples: a keyed permutation of ``range(n)`` with no state, in memory of order sqrt(n).
+"""The order of samples: a keyed permutation of ``range(n)`` with no state, in memory of order sqrt(n):
+of an epoch, 400 bytes times that, less above 2.7e8.
 
 For n above 65,536 it is a generalised Feistel network on Z_a x Z_b with a = ceil(sqrt n) and
 b = ceil(n / a), twelve rounds, and cycle-walking back into range (Black & Rogaway, "Ciphers with
@@ -100,7 +101,8 @@ class Permutation:
 
     def _hash(self, i: int, half: Words, out: Words) -> Words:
         """Hash of one half in a round, to be added to the other. Halves grow by it, and are reduced at the
-        end: each table goes on for as far as its half can have grown by then.
+        end: each table goes on for as far as its half can have grown by then, forwards; backwards it wraps.
+        Without tables `half` is reduced first, in place.
         """
         if self._tables:
             return np.take(self._tables[i], half.view(np.int64), out=out, mode="wrap")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ class Pool:
             self._kept.append(into)
             return into.tensors
         by_numpy = torch.get_num_threads() == 1  # which is faster then
+        self._arrays.follow()
         for i, (tensor, rows) in enumerate(zip(self._arrays.tensors, self._arrays.rows, strict=True)):
             if by_numpy and rows is not None:
                 np.take(rows, ids, axis=0, out=into.rows[i], mode="clip")
@@ -43,10 +45,19 @@ class Pool:
 class _Memory:
     """Tensors, and the rows of each as bytes."""
 
+    _places: Sequence[int] = ()
+    rows: Sequence[NDArray[np.uint8] | None] = ()
+
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors = tensors
-        self.rows = [_bytes(t) for t in tensors]
+        self.follow()
         self._own_uses = [_uses(t) for t in tensors]
+
+    def follow(self) -> None:
+        """Takes up that memory has moved, as `share_memory_` moves it, and a queue of processes does."""
+        now = [t.data_ptr() for t in self.tensors]
+        if now != self._places:
+            self._places, self.rows = now, [_bytes(t) for t in self.tensors]
 
     def is_free(self, num_rows: int) -> bool:
         """Whether it is for so many rows, and no other tensor, view or array, nor a graph of autograd, nor

@@ -27,7 +27,7 @@ class Arrays:
 
     ``Arrays(x)`` fetches a tensor, ``Arrays(x, y)`` a tuple of tensors, ``Arrays(input=x, target=y)``
     a dict. A batch, or some batches that follow one another, is gathered in one call per array. Arrays are
-    not copied; changing one during a run changes the run, from some steps later on.
+    not copied; changing one during a run changes the run, from some steps later on, 32 at most.
 
     Args:
         arrays, named: the first dimension of each is the number of samples, N.

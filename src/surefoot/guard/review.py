@@ -40,8 +40,8 @@ class Review:
     """Detectors over rows; call `look` with each, in order.
 
     age: rows seen. first: the first finite loss: before the first update, unless that was not finite.
-    untrained: the loss before the first update of samples that do not stand out: what `first` is if others
-    outweigh these, since a run that never came down would look as if it had; until D6 asks other batches.
+    untrained: the loss before the first update of samples that do not stand out: what `first` is if the
+    others would make a run that never came down look as if it had; until D6 asks other batches.
     skips: a bit for each of the last steps, the newest lowest. waiting: losses not looked at yet. losses:
     medians of the last blocks of them.
     told_slow: that the loss does not come down has been looked into.
@@ -118,7 +118,7 @@ class Review:
         """D3: has the loss left its best level for good?"""
         if math.isnan(self.level):
             self.first = self.level = losses[0]
-            if self._came_down(self.untrained):
+            if self._is_below_first(self.untrained):
                 self.first = self.untrained
         level, spread, best, above = self.level, self.spread, self.best, self.num_above
         far, counts, is_old = self._far(), not bears, self.age > BURN_IN
@@ -156,9 +156,10 @@ class Review:
 
     def learns(self) -> bool:
         """Whether the loss has come down from where it began."""
-        return self._came_down(statistics.median(self.losses))
+        return self._is_below_first(statistics.median(self.losses))
 
-    def _came_down(self, loss: float) -> bool:
+    def _is_below_first(self, loss: float) -> bool:
+        """By what counts as having come down."""
         return loss <= self.first - _COME_DOWN * abs(self.first)
 
     def state_dict(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ class Buffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._owners: dict[str, tuple[dict[str, Tensor | None], str]] = {}
         self._unsaved: set[str] = set()
         for prefix, module in model.named_modules():
@@ -30,7 +31,7 @@ class Buffers:
                         self._unsaved.add(name)
         self._kept: dict[str, Tensor] = {}
         self._first: dict[str, tuple[int, int]] = {}
-        self._made: dict[str, Tensor] = {}  # what unsaved ones that change were before they did
+        self._initial: dict[str, Tensor] = {}  # of unsaved ones that change
         self._learned = False
         norms = {
             id(b) for m in model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)
@@ -55,7 +56,7 @@ class Buffers:
         elif self.changing:
             now = [self._live(name) for name in self.changing]
             kept = [self._kept[name] for name in self.changing]
-            if all(n.shape == k.shape and n.dtype == k.dtype for n, k in zip(now, kept, strict=True)):
+            if all(map(_alike, now, kept)):
                 torch._foreach_copy_(kept, now)
             else:
                 self._kept |= {n: b.detach().clone() for n, b in zip(self.changing, now, strict=True)}
@@ -71,14 +72,14 @@ class Buffers:
             same = (id(live), live._version) == self._first[name]
             if not same or not (self._learned or torch.equal(live, self._kept[name])):
                 if name in self._unsaved:
-                    self._made[name] = self._kept[name].clone()
+                    self._initial[name] = self._kept[name].clone()
                 self.changing.append(name)
         self._learned = True
         if on_host and permitted.item():
             return
         for name in self.changing:
             live, kept = self._live(name), self._kept[name]
-            if live.shape != kept.shape or live.dtype != kept.dtype:
+            if not _alike(live, kept):
                 self._put(name, kept.clone())
             else:
                 live.copy_(kept if on_host else torch.where(permitted, live, kept))
@@ -86,6 +87,11 @@ class Buffers:
     def live(self, names: Iterable[str]) -> list[Tensor]:
         """Some of them as they are now."""
         return [self._live(name) for name in names]
+
+    def _saved_memory(self) -> set[int]:
+        """Where parameters and buffers lie that are restored without this class."""
+        buffers = [self._live(name) for name in self._owners.keys() - self._unsaved]
+        return {t.untyped_storage().data_ptr() for t in [*self._model.parameters(), *buffers]}
 
     def _put(self, name: str, value: Tensor) -> None:
         buffers, leaf = self._owners[name]
@@ -101,17 +107,28 @@ class Buffers:
         becomes what it was before. To be called once the others are restored: that alone makes none of them
         one that changes.
         """
-        for name, value in (self._made | values).items():
+        saved = self._saved_memory()
+        for name, value in values.items():
             live = self._live(name)
             if name not in self.changing:
-                self._made[name] = live.detach().clone()
+                if name in self._unsaved and live.untyped_storage().data_ptr() not in saved:
+                    self._initial[name] = live.detach().clone()
                 self.changing.append(name)
-            if live.shape == value.shape:
+            if _alike(live, value):
                 live.copy_(value)
             else:
                 self._put(name, value.to(live.device, copy=True))
+        for name in self._initial.keys() - values.keys():
+            live, initial = self._live(name), self._initial[name]
+            apart = live.untyped_storage().data_ptr() not in saved  # else it was restored with the other
+            if apart and _alike(live, initial):  # else the model may count on what it has become
+                live.copy_(initial)
         for name in self._kept.keys() - set(self.changing):
             live = self._live(name)
             self._first[name] = (id(live), live._version)
             if not torch.equal(live, self._kept[name]):
                 self._kept[name] = live.detach().clone()
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype

@@ -32,6 +32,11 @@ class Recorder:
             sync_directory(path)
         self.row = self._log.append
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of all attempts."""
+        return len(self._log)
+
     def event(self, kind: str, **facts: Any) -> Path | None:
         """Adds an event; the bundle of an incident that it leaves, if it does."""
         event = self._events.add(kind, **facts)

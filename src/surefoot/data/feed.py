@@ -108,9 +108,9 @@ class Feed:
         that their memory can be the next ones'.
         """
         size, here, nest = self.plan.batch_size, self.device.type == "cpu", self.source.nest
-        parts = [torch.split(leaf, size) for leaf in gathered]
+        parts = [torch.unsafe_split(leaf, size) for leaf in gathered]  # which autograd takes for no views
         for i in range(start, len(slots)):
-            data = nest([part[i].data for part in parts])  # a view that autograd takes for none
+            data = nest([part[i] for part in parts])
             yield Minibatch(slots[i], data if here else self._on_device(data), None, size)
 
     def _from_workers(self, start: int, stop: int) -> Generator[Minibatch, None, None]:

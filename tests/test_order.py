@@ -378,11 +378,10 @@ def test_arrays_that_move_to_shared_memory_are_followed(threads, num_threads):
         assert torch.equal(batch.data, x[batch.slots.ids.copy()])
 
 
-def test_sparse_rows_are_fetched_one_batch_at_a_time():
-    x = torch.eye(512)
-    feed = Feed(Arrays(x.to_sparse()), Plan(512, 64, seed=3), 0, torch.device("cpu"))
-    for batch in feed.batches(0, 16):
-        assert torch.equal(batch.data.to_dense(), x[batch.slots.ids.copy()])
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_arrays_are_refused(layout):
+    with pytest.raises(sf.DataError, match=r"array 0 is sparse .*(?s:.)*to_dense"):
+        Arrays(torch.eye(8).to_sparse(layout=layout), np.arange(8))
 
 
 @pytest.mark.parametrize("size", [63, 64])

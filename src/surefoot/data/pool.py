@@ -74,8 +74,8 @@ def _uses(tensor: Tensor) -> int:
 
 def _bytes(tensor: Tensor) -> NDArray[np.uint8] | None:
     """A tensor's rows as bytes, uint8[N, bytes of a row], in its own memory, if they lie there in a row."""
-    plain = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.is_contiguous()
-    if not plain or not tensor.numel() or tensor.is_conj() or tensor.is_neg():
+    plain = type(tensor) is Tensor and tensor.is_contiguous() and tensor.numel()
+    if not plain or tensor.is_conj() or tensor.is_neg():
         return None
     in_a_row = tensor.as_strided((tensor.numel(),), (1,))  # of one element, strides may be anything
     return in_a_row.view(torch.uint8).numpy().reshape(len(tensor), -1)

@@ -117,6 +117,11 @@ def _tensor(array: Any, name: int | str) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that it is not writable: nothing here writes
             tensor = torch.as_tensor(array)
+    if tensor.layout != torch.strided:
+        raise DataError(
+            f"Arrays: array {name} is sparse ({tensor.layout}).",
+            fix="Give array.to_dense(), or a Dataset that makes its rows dense one by one.",
+        )
     if tensor.ndim == 0:
         raise DataError(f"Arrays: array {name} has no dimension to count samples by.")
     if tensor.device.type != "cpu":

@@ -10,8 +10,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from surefoot.course import Course, Label, settle_calm, to_be_taken
+from surefoot.course import Course, Label, Taken, heeded, look_at_layers, settle_calm, to_be_taken
+from surefoot.graph import Take
 from surefoot.guard.review import Alarm
+from surefoot.heal import EVERY
 from surefoot.measure.profile import phase
 from surefoot.stopping import NoLongerWaiting, StopRequest
 from surefoot.types import Minibatch, Slots
@@ -71,27 +73,61 @@ def calm_steps(
 ) -> tuple[int, Minibatch | None, Alarm | None]:
     """Takes that many steps at most, while they are certain to be calm, and settles them together. How many
     it took; the batch after them, if it turned out to be an unusual one; the guard's alarm, if it has one.
+
+    The guard takes them up block by block, since what is certain follows from the block before.
     """
-    assert course.graph is not None
-    state, guard = course.state, course.parts.guard
-    direct, take = course.graph.direct(state.step, guard.lets_pass(state.step))
-    most = min(most, direct, guard.calm_for(state.step))
-    taken: list[tuple[Label, list[float], float]] = []
-    batch, alarm, multiplier = None, None, 0.0
+    graph, state, guard = course.graph, course.state, course.parts.guard
+    assert graph is not None
+    taken: list[Taken] = []
+    batch, alarm = None, None
     try:
-        while take is not None and len(taken) < most and clock.boundary < clock.calm_until:
-            batch = next_batch(batches, course.stop, clock)
-            without_holes, multiplier = to_be_taken(course, batch)
-            with phase("compiled step"):
-                numbers = take(without_holes, multiplier)
-            if numbers is None:
+        while batch is None and alarm is None and clock.boundary < clock.calm_until:
+            num, take = graph.direct(state.step, guard.lets_pass(state.step))
+            num = min(num, guard.calm_for(state.step), most - len(taken))
+            if take is None or num < 1:
                 break
-            state.step += 1
-            state.samples += batch.slots.num_samples
-            taken.append((clock.label(course, batch.slots, multiplier, 1), numbers, time.time()))
-            batch = None
+            block: list[Taken] = []
+            try:
+                batch = _take(course, batches, clock, take, num, block)
+            finally:
+                if block:
+                    taken += block
+                    losses, norms = ([one.numbers[i] for one in block] for i in range(2))
+                    alarm = guard.take_calm(state.step - 1, losses, norms)
     finally:
         if taken:
-            course.parts.updater.set_rates(multiplier, course.parts.base_lr)
-            alarm = settle_calm(course, taken)
-    return len(taken), batch, alarm
+            course.parts.updater.set_rates(taken[-1].multiplier, course.parts.base_lr)
+            settle_calm(course, taken)
+    return len(taken), batch, heeded(course, alarm)
+
+
+def _take(
+    course: Course, batches: Iterator[Minibatch], clock: Clock, take: Take, num: int, taken: list[Taken]
+) -> Minibatch | None:
+    """Takes `num` steps and adds them to `taken`, or fewer if time is up; or up to an unusual batch, which
+    it returns.
+    """
+    state, graph, now = course.state, course.graph, time.perf_counter
+    base_lr, looks = course.parts.base_lr[0], course.parts.guard.on
+    for _ in range(num):
+        begun = clock.boundary
+        if begun >= clock.calm_until:
+            break
+        batch = next(batches)
+        at_hand = now()
+        without_holes, multiplier = to_be_taken(course, batch)
+        done = take(without_holes, multiplier)
+        if done is None:
+            clock.waited_s = at_hand - begun
+            return batch
+        ended, slots = now(), batch.slots
+        state.step += 1
+        state.samples += slots.num_samples
+        state.elapsed_s += ended - begun
+        seconds = at_hand - begun, ended - begun, ended - clock.row_before
+        label = Label(slots, state.samples, base_lr * multiplier, 1, *seconds)
+        taken.append(Taken(label, multiplier, done[0], ended))
+        clock.boundary = clock.row_before = ended
+        if looks and state.step % EVERY == 0 and graph is not None:
+            look_at_layers(course, graph.trained, done[1])
+    return None

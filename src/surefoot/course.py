@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from surefoot.blame import usual_loss
 from surefoot.compiled import ChangedError
@@ -82,6 +82,17 @@ class Label(NamedTuple):
     data_wait_s: float
     step_s: float
     wall_s: float
+
+
+class Taken(NamedTuple):
+    """A step that a graph took as a calm one. multiplier: of the base rates. numbers: loss, norm of the
+    gradient, update ratio, and 1. ended: by `time.perf_counter`.
+    """
+
+    label: Label
+    multiplier: float
+    numbers: list[float]
+    ended: float
 
 
 @dataclass(kw_only=True)
@@ -201,22 +212,19 @@ def settle(course: Course, label: Label | None, attempt: Attempt | None) -> Alar
         )  # fmt: skip
         canary = _canary(course, taken, row.num_micro)
         if not isinstance(judged, Stop):
-            judged = _heeded(course, judged) or _heeded(course, canary)
+            judged = heeded(course, judged) or heeded(course, canary)
         found = found or (now if isinstance(now, Stop) else None) or judged
     return found
 
 
-def settle_calm(course: Course, taken: Sequence[tuple[Label, list[float], float]]) -> Alarm | None:
-    """Writes the rows of steps that a graph took as calm: labels, numbers, and when they ended. The alarm
-    that the last of them raises, if it does: only that which completes what `calm_for` allows for can.
-    """
-    for label, (loss, grad_norm, ratio, _), ended in taken:
-        _note(course, label, (loss, grad_norm, ratio, 1, FINE, 1.0, 1.0), ended)
-    losses, norms = ([numbers[i] for _, numbers, _ in taken] for i in range(2))
-    return _heeded(course, course.parts.guard.take_calm(taken[-1][0].slots.step, losses, norms))
+def settle_calm(course: Course, taken: Sequence[Taken]) -> None:
+    """Writes the rows of calm steps."""
+    now = time.time() - time.perf_counter()
+    for label, _, (loss, grad_norm, ratio, _), ended in taken:
+        _note(course, label, (loss, grad_norm, ratio, 1, FINE, 1.0, 1.0), now + ended)
 
 
-def _heeded(course: Course, alarm: Alarm | None) -> Alarm | None:
+def heeded(course: Course, alarm: Alarm | None) -> Alarm | None:
     """The alarm, if something is to be done about it; one that is only watched is told of."""
     if alarm is None or (alarm.detector == "D6" and course.healer.warms_up(alarm.step)):
         return None
@@ -281,11 +289,13 @@ def _canary(course: Course, taken: Row, num_micro: int) -> Alarm | None:
     return Alarm("D7", taken.step, taken.step, reason)
 
 
-def look_at_layers(course: Course, attempt: Attempt) -> None:
-    """Tells of layers whose gradient, in the update just taken, vanishes or explodes."""
+def look_at_layers(course: Course, trained: Sequence[nn.Parameter], norms: Tensor) -> None:
+    """Tells of layers whose gradient, in the update just taken, vanishes or explodes. norms: of the
+    gradients of `trained`, 1-d.
+    """
     names = {id(p): name for name, p in course.parts.model.named_parameters()}
-    norms = zip(attempt.trained, attempt.norms.tolist(), strict=True)
-    rms = {names[id(p)]: n / math.sqrt(p.numel()) for p, n in norms if p.ndim > 1 and id(p) in names}
+    pairs = zip(trained, norms.tolist(), strict=True)
+    rms = {names[id(p)]: n / math.sqrt(p.numel()) for p, n in pairs if p.ndim > 1 and id(p) in names}
     for sick in course.parts.guard.layers.look(list(rms), list(rms.values())):
         course.told.event("layer", step=course.state.step, **sick._asdict())
 

@@ -24,9 +24,9 @@ from surefoot.train_step import Attempt, Parts, known_weight, pieces_of
 from surefoot.types import Minibatch, Tree, leaves
 
 _YES = torch.tensor(True)
-CHECK_EVERY = 400
+CHECK_EVERY = 800
 
-Take = Callable[[Minibatch, float], "list[float] | None"]
+Take = Callable[[Minibatch, float], "tuple[list[float], Tensor] | None"]
 
 
 class Graph:
@@ -38,7 +38,7 @@ class Graph:
         cpp_wrapper: see `Compiled`.
 
     check_every: steps that end at a multiple of it check all that the trace depended on. suspects: the next
-    does; to be set after code of others has run.
+    does; to be set after code of others has run. trained: the parameters that get a gradient.
     """
 
     check_every = CHECK_EVERY
@@ -47,10 +47,10 @@ class Graph:
         self._parts = parts
         named = {name: p for name, p in parts.model.named_parameters() if p.requires_grad}
         trained = {name: p for name, p in named.items() if p.grad is not None}
-        self._trained = list(trained.values())
-        self._params = [p.detach() for p in self._trained]
+        self.trained = list(trained.values())
+        self._params = [p.detach() for p in self.trained]
         others = [p.detach() for name, p in named.items() if name not in trained]
-        self._update = FunctionalUpdate(parts.updater.optimizer, self._trained)
+        self._update = FunctionalUpdate(parts.updater.optimizer, self.trained)
         self._buffers = list(parts.buffers.changing)
         self._form, self._num_rows = _form(batch.data, leaves(batch.data)), batch.num_rows
         traced = Traced(parts, trained, others, self._update, self._buffers, batch.num_rows)
@@ -98,10 +98,7 @@ class Graph:
         if not applied:
             self._has_grads = True
             return None
-        if self._has_grads:  # of an eager step before
-            for p in parts.params:
-                p.grad = None
-            self._has_grads = False
+        self._drop_grads()
         scale, loss_scale = parts.precision.scale, None
         permit = parts.guard.permit_on_host(loss, grad_norm, step=step, scaled=scale is not None)
         if scale is not None:
@@ -111,24 +108,26 @@ class Graph:
         at = row.unbind()
         return Attempt(
             at[0], at[1], at[2], _YES, permit.verdict, permit.clip, loss_scale, num_micro,
-            self._trained, norms,
+            self.trained, norms,
         )  # fmt: skip
 
     def direct(self, step: int, bounds: tuple[float, float]) -> tuple[int, Take | None]:
         """How many steps from `step` on need no look at anything but what comes out; and what takes one of
-        them at a multiplier, within the guard's bounds for loss and norm: its numbers, or None, with
-        nothing changed, if it is unusual. Their batches are of the arrays that the first was of.
+        them at a multiplier, within the guard's bounds for loss and norm: its numbers and the gradient's
+        norms per parameter, or None, with nothing changed, if it is unusual. Their batches are of the
+        arrays that the first was of.
         """
         parts, whole = self._parts, self._whole
         if (
             whole is None or not whole.is_direct(self._fixed) or self._draws is None
-            or self.suspects or self._has_grads or parts.precision.scale is not None
+            or self.suspects or parts.precision.scale is not None
             or step == 0 or self._update.slots() is not self._fixed_of
         ):  # fmt: skip
             return 0, None
+        self._drop_grads()
         buffers, base_lr = parts.buffers.live(self._buffers), parts.base_lr
 
-        def take(batch: Minibatch, multiplier: float) -> list[float] | None:
+        def take(batch: Minibatch, multiplier: float) -> tuple[list[float], Tensor] | None:
             total = known_weight(parts, batch)
             if (
                 batch.weights is not None
@@ -140,10 +139,18 @@ class Graph:
             if self._draws:
                 torch.default_generator.manual_seed(word(word(parts.draws, batch.slots.step), 0))
             moving = [*leaves(batch.data), *buffers, total, None]
-            numbers: list[float] = whole.again(moving)[0].tolist()
-            return numbers if numbers[3] else None
+            row, norms = whole.again(moving)
+            numbers: list[float] = row.tolist()
+            return (numbers, norms) if numbers[3] else None
 
         return self.check_every - 1 - step % self.check_every, take
+
+    def _drop_grads(self) -> None:
+        """Those of an eager step before."""
+        if self._has_grads:
+            for p in self._parts.params:
+                p.grad = None
+            self._has_grads = False
 
     def _usual(self, batch: Minibatch, data: list[Any], total: Any) -> bool:
         """Whether the batch is one of those that were compiled for."""

@@ -37,6 +37,10 @@ from surefoot.types import Minibatch, Slots
 
 EVERY = 200
 """Steps between states that a run can go back to."""
+SELDOM = 800
+"""Steps between those of them that are kept where no code of others runs between steps, and these are
+compiled: the others are made again from them, to the same bits and in a moment.
+"""
 REMEMBERED = 2048
 """Rows that a replay is compared with."""
 _HEALTHY = 100  # steps before the onset of an alarm that a state must lie back
@@ -108,7 +112,9 @@ class Healer:
     # ------------------------------------------------------------------ states to go back to
 
     def remember(self) -> Alarm | None:
-        """Keeps the state in memory, if it fits; every `EVERY` steps. An alarm if it is not sound."""
+        """Keeps the state in memory, if it fits; every `EVERY` or `SELDOM` steps. An alarm if it is not
+        sound.
+        """
         step = self.state.step
         if not self.parts.updater.finite():
             return self.unsound()

@@ -34,7 +34,7 @@ from surefoot.errors import StateError, SurefootError, failure_class
 from surefoot.guard.guard import Stop
 from surefoot.guard.hang import HangWatch
 from surefoot.guard.review import Alarm
-from surefoot.heal import EVERY, Row, StopAskedError
+from surefoot.heal import EVERY, SELDOM, Row, StopAskedError
 from surefoot.keep import Keeper
 from surefoot.measure.profile import Profile, phase
 from surefoot.record.recorder import Recorder
@@ -71,10 +71,18 @@ class Run(Course):
         """
         step = self.state.step
         compiled = self.graph is not None and self.state.eager_from is None
-        if not compiled or self.before or self.profile is not None or not self.feed.at_hand:
+        seen = self.profile is not None or torch._C._autograd._profiler_enabled()
+        if not compiled or seen or self.before or not self.feed.at_hand:
             return 0
         kept, limit = self.keeper.due_step or self.total, self.budget.updates or self.total
-        return min(until, kept, limit, self.total, (step // EVERY + 1) * EVERY) - 1 - step
+        remembered = (step // self.remembers_every + 1) * self.remembers_every
+        return min(until, kept, limit, self.total, remembered) - 1 - step
+
+    @property
+    def remembers_every(self) -> int:
+        """Steps between the states that are kept in memory."""
+        alone = self.graph is not None and self.graph.check_every > 1 and self.state.eager_from is None
+        return SELDOM if alone else EVERY
 
 
 def steps(run: Run) -> Generator[Outcome, None, None]:
@@ -180,8 +188,8 @@ def _updates(run: Run, batches: Iterator[Minibatch], clock: Clock) -> Generator[
         if validation_due(run):
             return "preempted"  # a stop was asked for while validating
         if state.step % EVERY == 0 and parts.guard.on:
-            look_at_layers(run, attempt)
-            if parts.guard.heals:
+            look_at_layers(run, attempt.trained, attempt.norms)
+            if parts.guard.heals and state.step % run.remembers_every == 0:
                 settle(run, None, None)
                 parts.guard.pending = run.healer.remember()
             clock.boundary = time.perf_counter()

@@ -49,6 +49,7 @@ PAIRS = {
     "mlp-compiled-same": ("off", "off again"),
 }
 LONG = 1_000_000
+_ALL = (math.inf, math.inf)
 
 
 def main() -> None:
@@ -119,9 +120,9 @@ def silent(made: Prepared) -> Iterator[None]:
     assert graph is not None
     for batch in feed.batches(0, LONG):
         if left < 1:
-            left, take = graph.direct(course.state.step, (math.inf, math.inf))
+            left, take = graph.direct(course.state.step)
         whole, multiplier = to_be_taken(course, batch)
-        if left < 1 or take is None or take(whole, multiplier) is None:
+        if left < 1 or take is None or take(whole, multiplier, _ALL) is None:
             left = 0
             update(course, batch)
         else:

@@ -80,11 +80,12 @@ def calm_steps(
     assert graph is not None
     taken: list[Taken] = []
     batch, alarm = None, None
+    direct, take = graph.direct(state.step)
+    most = min(most, direct)
     try:
-        while batch is None and alarm is None and clock.boundary < clock.calm_until:
-            num, take = graph.direct(state.step, guard.lets_pass(state.step))
-            num = min(num, guard.calm_for(state.step), most - len(taken))
-            if take is None or num < 1:
+        while take is not None and batch is None and alarm is None and clock.boundary < clock.calm_until:
+            num = min(most - len(taken), guard.calm_for(state.step))
+            if num < 1:
                 break
             block: list[Taken] = []
             try:
@@ -107,8 +108,8 @@ def _take(
     """Takes `num` steps and adds them to `taken`, or fewer if time is up; or up to an unusual batch, which
     it returns.
     """
-    state, graph, now = course.state, course.graph, time.perf_counter
-    base_lr, looks = course.parts.base_lr[0], course.parts.guard.on
+    state, graph, guard, now = course.state, course.graph, course.parts.guard, time.perf_counter
+    bounds, base_lr, looks = guard.lets_pass(state.step), course.parts.base_lr[0], guard.on
     for _ in range(num):
         begun = clock.boundary
         if begun >= clock.calm_until:
@@ -116,7 +117,7 @@ def _take(
         batch = next(batches)
         at_hand = now()
         without_holes, multiplier = to_be_taken(course, batch)
-        done = take(without_holes, multiplier)
+        done = take(without_holes, multiplier, bounds)
         if done is None:
             clock.waited_s = at_hand - begun
             return batch

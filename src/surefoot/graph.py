@@ -26,7 +26,7 @@ from surefoot.types import Minibatch, Tree, leaves
 _YES = torch.tensor(True)
 CHECK_EVERY = 800
 
-Take = Callable[[Minibatch, float], "tuple[list[float], Tensor] | None"]
+Take = Callable[[Minibatch, float, tuple[float, float]], "tuple[list[float], Tensor] | None"]
 
 
 class Graph:
@@ -111,7 +111,7 @@ class Graph:
             self.trained, norms,
         )  # fmt: skip
 
-    def direct(self, step: int, bounds: tuple[float, float]) -> tuple[int, Take | None]:
+    def direct(self, step: int) -> tuple[int, Take | None]:
         """How many steps from `step` on need no look at anything but what comes out; and what takes one of
         them at a multiplier, within the guard's bounds for loss and norm: its numbers and the gradient's
         norms per parameter, or None, with nothing changed, if it is unusual. Their batches are of the
@@ -127,7 +127,9 @@ class Graph:
         self._drop_grads()
         buffers, base_lr = parts.buffers.live(self._buffers), parts.base_lr
 
-        def take(batch: Minibatch, multiplier: float) -> tuple[list[float], Tensor] | None:
+        def take(
+            batch: Minibatch, multiplier: float, bounds: tuple[float, float]
+        ) -> tuple[list[float], Tensor] | None:
             total = known_weight(parts, batch)
             if (
                 batch.weights is not None

@@ -39,6 +39,8 @@ class Numbers:
     def finite(one: Sequence[float], other: Sequence[float]) -> list[bool]:
         """Of which pairs both are."""
         isfinite = math.isfinite
+        if isfinite(sum(one) + sum(other)):  # then each is: a fourth of the time
+            return [True] * len(one)
         return [isfinite(a) and isfinite(b) for a, b in zip(one, other, strict=True)]
 
     @staticmethod
@@ -63,12 +65,14 @@ class Numbers:
     ) -> tuple[float, float]:
         """Sum and sum of squares of some values' distances from `mean`, each of `most` at most."""
         total = squares = 0.0
-        for value, counts in zip(values, those, strict=True):
-            if counts:
-                d = value - mean
-                d = most if d > most else -most if d < -most else d
-                total += d
-                squares += d * d
+        for value in values if all(those) else Numbers.kept(values, those):
+            d = value - mean
+            if d > most:
+                d = most
+            elif d < -most:
+                d = -most
+            total += d
+            squares += d * d
         return total, squares
 
 

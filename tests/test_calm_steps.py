@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -154,6 +155,21 @@ def test_a_run_that_was_killed_goes_on_with_calm_steps(tmp_path, monkeypatch, mo
     built = build(changed, RunFolder(tmp_path / "copy"), compiled())
     assert built.run.before
     assert counted(built, monkeypatch) > 300
+
+
+def test_time_for_rows_is_no_waiting_for_data(tmp_path, monkeypatch):
+    settle, slept = calm.settle_calm, [0.0]
+
+    def slow(run, taken):
+        slept[0] += 0.05
+        time.sleep(0.05)
+        return settle(run, taken)
+
+    monkeypatch.setattr(calm, "settle_calm", slow)
+    sf.fit(recipe(until=600), out=tmp_path / "run", operations=compiled())
+    log = sf.open_run(tmp_path / "run").log()
+    assert slept[0] > 0.0
+    assert log["data_wait_s"].sum() < 0.5 * slept[0] < log["step_s"].sum()
 
 
 def test_a_profile_ends_with_its_steps(tmp_path, monkeypatch):

@@ -114,18 +114,19 @@ def _take(
         begun = clock.boundary
         if begun >= clock.calm_until:
             break
+        asked = now()
         batch = next(batches)
-        at_hand = now()
+        waited_s = now() - asked
         without_holes, multiplier = to_be_taken(course, batch)
         done = take(without_holes, multiplier, bounds)
         if done is None:
-            clock.waited_s = at_hand - begun
+            clock.waited_s = waited_s
             return batch
         ended, slots = now(), batch.slots
         state.step += 1
         state.samples += slots.num_samples
         state.elapsed_s += ended - begun
-        seconds = at_hand - begun, ended - begun, ended - clock.row_before
+        seconds = waited_s, ended - begun, ended - clock.row_before
         label = Label(slots, state.samples, base_lr * multiplier, 1, *seconds)
         taken.append(Taken(label, multiplier, done[0], ended))
         clock.boundary = clock.row_before = ended

@@ -67,7 +67,7 @@ class Run(Course):
 
     def undisturbed(self, until: int) -> int:
         """How many compiled steps nothing is due after, before the one that ends at `until`; none unless
-        their batches are at hand, since rows wait meanwhile.
+        their batches are at hand, since rows wait meanwhile, and none under a profiler.
         """
         step = self.state.step
         compiled = self.graph is not None and self.state.eager_from is None

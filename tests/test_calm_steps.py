@@ -16,6 +16,7 @@ from surefoot import calm
 from surefoot.api import run_steps
 from surefoot.build import build
 from surefoot.guard.detect import FINE, NOT_FINITE
+from surefoot.guard.guard import Watch
 from surefoot.guard.review import Review
 from surefoot.operations import Operations
 from surefoot.record.folder import RunFolder
@@ -157,19 +158,19 @@ def test_a_run_that_was_killed_goes_on_with_calm_steps(tmp_path, monkeypatch, mo
     assert counted(built, monkeypatch) > 300
 
 
-def test_time_for_rows_is_no_waiting_for_data(tmp_path, monkeypatch):
-    settle, slept = calm.settle_calm, [0.0]
+def test_time_for_the_guard_is_no_waiting_for_data(tmp_path, monkeypatch):
+    take, slept = Watch.take_calm, [0.0]
 
-    def slow(run, taken):
-        slept[0] += 0.05
-        time.sleep(0.05)
-        return settle(run, taken)
+    def slow(*of):
+        slept[0] += 0.02
+        time.sleep(0.02)
+        return take(*of)
 
-    monkeypatch.setattr(calm, "settle_calm", slow)
+    monkeypatch.setattr(Watch, "take_calm", slow)
     sf.fit(recipe(until=600), out=tmp_path / "run", operations=compiled())
     log = sf.open_run(tmp_path / "run").log()
-    assert slept[0] > 0.0
-    assert log["data_wait_s"].sum() < 0.5 * slept[0] < log["step_s"].sum()
+    assert slept[0] > 0.1
+    assert log["data_wait_s"].sum() < 0.2 * slept[0] < log["step_s"].sum()
 
 
 def test_a_profile_ends_with_its_steps(tmp_path, monkeypatch):

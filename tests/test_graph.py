@@ -793,3 +793,18 @@ class Checkpointed(Attending):
 def test_attention_that_is_computed_again_in_the_backward_pass(precision, tmp_path):
     done, _ = run(recipe(model=Checkpointed, precision=precision), tmp_path / "run", EAGER)
     assert done.status == "finished"
+
+
+@pytest.mark.parametrize("compile", ["auto", "on"])
+def test_what_is_computed_again_in_the_backward_pass_is_not_compiled_as_a_whole(compile, tmp_path):
+    """A trace that failed left torch unable to do that at all, in this run and all later ones."""
+
+    def steps(name, mode):
+        operations = Operations(compute={"compile": mode}, budget={"updates": 10}, progress="off")
+        run(recipe(model=Checkpointed, until=60_000), tmp_path / name, operations)
+        return sf.open_run(tmp_path / name).log()["loss"]
+
+    tried, after = steps("tried", compile), steps("after", "off")
+    np.testing.assert_allclose(tried, after, rtol=1e-4)
+    started, *_ = (e for e in sf.open_run(tmp_path / "tried").events() if e["kind"] == "started")
+    assert started["environment"]["compiled"] == ("forward" if compile == "on" else "")

@@ -112,7 +112,7 @@ def _forward(q: Question, why: str) -> Choice:
     def forward(model: nn.Module, data: Tree) -> Tensor | tuple[Tensor, Tensor]:
         return q.parts.objective(model, data)
 
-    objective: Objective = torch.compile(forward, dynamic=False)
+    objective: Objective = torch.compile(forward, dynamic=False, options={"fallback_random": True})
     try:
         losses_of(replace(q.parts, objective=objective), q.batch(0))
     except SurefootError:

@@ -7,7 +7,8 @@ then, and what is likely to change is looked at here, each time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -65,7 +66,7 @@ class Compiled:
         """
         if check or fixed is None or self._fixed is None:
             try:
-                with torch.no_grad():
+                with torch.no_grad(), _hooks_on_saved_tensors_stay():
                     result = self._through_torch(*arguments)
             except Exception as error:
                 if self._num_traced > 1:
@@ -123,6 +124,20 @@ class Compiled:
         with config.patch(enable_autograd_cache=False):  # which would keep `compile_kernels` out
             made: Any = compile_fx(graph, examples, compile_kernels, config_patches=self._options)
         return made  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _hooks_on_saved_tensors_stay() -> Iterator[None]:
+    """Within `torch.func.grad` such hooks are disabled; a trace of it that fails leaves them so (torch 2.13),
+    and no model with activation checkpointing could be trained in this process any more.
+    """
+    told = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    try:
+        yield
+    except BaseException:
+        if told is None:
+            torch._C._autograd._saved_tensors_hooks_enable()
+        raise
 
 
 class Unchanged:

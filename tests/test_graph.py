@@ -808,3 +808,40 @@ def test_what_is_computed_again_in_the_backward_pass_is_not_compiled_as_a_whole(
     np.testing.assert_allclose(tried, after, rtol=1e-4)
     started, *_ = (e for e in sf.open_run(tmp_path / "tried").events() if e["kind"] == "started")
     assert started["environment"]["compiled"] == ("forward" if compile == "on" else "")
+
+
+def scripted():
+    return torch.jit.script(mlp())
+
+
+def penalised(model, data):
+    x = data[0].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    return CE(model, data) + slope.square().sum(1)
+
+
+def curved(model, data):
+    slopes = torch.func.vmap(torch.func.jacrev(lambda x: model(x).logsumexp(-1)))(data[0])
+    return CE(model, data) + slopes.square().sum(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "extent"),
+    [({"model": scripted}, ""), ({"objective": penalised}, ""), ({"objective": curved}, "step")],
+    ids=["TorchScript", "gradient penalty", "jacrev"],
+)
+def test_a_long_run_trains_whatever_the_rule_thinks_of_its_model(changes, extent, tmp_path):
+    def log(mode):
+        operations = Operations(compute={"compile": mode}, budget={"updates": 6}, progress="off")
+        run(recipe(until=60_000, **changes), tmp_path / mode, operations)
+        return sf.open_run(tmp_path / mode).log()["loss"]
+
+    np.testing.assert_allclose(log("auto"), log("off"), rtol=1e-4)
+    started, *_ = (e for e in sf.open_run(tmp_path / "auto").events() if e["kind"] == "started")
+    assert started["environment"]["compiled"] == extent
+
+
+def test_what_cannot_go_back_compiled_is_told_before_the_run_begins(tmp_path):
+    with pytest.raises(sf.errors.OperationsError, match="nothing can be compiled here.*double backward"):
+        run(recipe(objective=penalised), tmp_path / "run", COMPILED)
+    assert not (tmp_path / "run/steps").exists()

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from surefoot.compiled import BACKWARD_HOOKS, Unchanged, hooked
 from surefoot.errors import OperationsError, SurefootError
@@ -107,14 +108,14 @@ def choose(q: Question) -> Choice:
 
 
 def _forward(q: Question, why: str) -> Choice:
-    """Forward pass and losses alone, if a batch goes through."""
+    """Forward pass and losses alone, if a batch goes through, and back."""
 
     def forward(model: nn.Module, data: Tree) -> Tensor | tuple[Tensor, Tensor]:
         return q.parts.objective(model, data)
 
     objective: Objective = torch.compile(forward, dynamic=False, options={"fallback_random": True})
     try:
-        losses_of(replace(q.parts, objective=objective), q.batch(0))
+        probe(replace(q.parts, objective=objective), q.batch(0))
     except SurefootError:
         raise
     except Exception as error:
@@ -138,6 +139,8 @@ def refusal(parts: Parts) -> str:
         return "compute.micro_batch splits the recipe's micro-batches"
     if any(p.is_complex() or p.is_sparse for p in parts.params):
         return "the model has complex or sparse parameters"
+    if any(isinstance(m, torch.jit.ScriptModule) for m in parts.model.modules()):
+        return "the model has TorchScript in it"
     if any(map(hooked, parts.params)):
         return "something is hooked to a parameter's gradient"
     if any(getattr(m, hooks) for m in parts.model.modules() for hooks in BACKWARD_HOOKS):
@@ -151,12 +154,29 @@ def _against(q: Question) -> str:
         return "auto is a rule for CPUs so far"
     if q.total < ENOUGH_UPDATES:
         return f"under {ENOUGH_UPDATES:,} updates it does not pay"
-    counter = FlopCounterMode(display=False)
+    counter = _Flops()
     with counter:
         losses_of(q.parts, q.batch(0))
-    if counter.get_total_flops() > _MOST_FLOPS:
-        return "the model's own arithmetic dominates"
-    return ""
+    return "the model's own arithmetic dominates" if counter.total > _MOST_FLOPS else ""
+
+
+class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts floating-point operations by torch's table. Torch's own counter hooks into autograd to tell
+    modules apart, and so fails where a forward pass takes a derivative, as a gradient penalty does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def _tried(q: Question) -> tuple[Graph | None, str]:

@@ -128,8 +128,8 @@ class Compiled:
 
 @contextmanager
 def _hooks_on_saved_tensors_stay() -> Iterator[None]:
-    """Within `torch.func.grad` such hooks are disabled; a trace of it that fails leaves them so (torch 2.13),
-    and no model with activation checkpointing could be trained in this process any more.
+    """Within `torch.func.grad` such hooks are disabled, and stay so if a trace of it fails (torch 2.13): no
+    model with activation checkpointing could be trained in this process any more.
     """
     told = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
     try:

@@ -142,3 +142,41 @@ def test_a_physical_split_that_would_change_dropout_is_refused(fit):
     make = lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 3))  # noqa: E731
     with pytest.raises(sf.OperationsError, match=r"treats the rows of a micro-batch together"):
         fit(model=make, operations={"compute": {"micro_batch": 4}})
+
+
+class Looked(nn.Module):
+    """Looks numbers up that its inputs are turned into."""
+
+    def __init__(self, sparse):
+        super().__init__()
+        self.table, self.out = nn.Embedding(50, 8, sparse=sparse), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(self.table((x.abs() * 10).long().clamp(max=49)).mean(1))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize(
+    "optimizer", [sf.SGD(lr=0.1, momentum=0.9), sf.AdamW(lr=0.01)], ids=["sgd", "adamw"]
+)
+def test_sparse_gradients_are_learned_from_as_dense_ones(tmp_path, objective, optimizer):
+    x, y = blobs(200)
+    weights = np.random.default_rng(0).random(200).astype(np.float32)
+
+    def log(sparse):
+        changed = recipe(
+            model=lambda: Looked(sparse),
+            data=sf.Arrays(x, y, weights),
+            objective=objective,
+            optimizer=optimizer,
+            batch=sf.Batch(20, micro=8),
+            gradient=(sf.clip_norm(0.1),),
+            until=40,
+        )
+        done = sf.fit(changed, out=tmp_path / str(sparse))
+        assert done.status == "finished"
+        return sf.open_run(done.run_dir).log()
+
+    dense, sparse = log(False), log(True)
+    for name in ("loss", "grad_norm", "update_ratio"):
+        np.testing.assert_allclose(sparse[name], dense[name], rtol=1e-4)

@@ -131,6 +131,10 @@ def _gradients(
             why="The losses do not depend on the model.",
             fix="Look for detach(), no_grad() or argmax() between the model and the losses.",
         )
+    if any(grad.is_sparse for grad in grads):  # of which torch has no norm
+        for param, grad in zip(trained, grads, strict=True):
+            param.grad = grad.to_dense()
+        grads = [param.grad for param in trained if param.grad is not None]
     parts.strategy.reduce_gradients(grads)
     if parts.precision.scale is not None:
         parts.precision.scale.unscale(grads)

@@ -842,6 +842,6 @@ def test_a_long_run_trains_whatever_the_rule_thinks_of_its_model(changes, extent
 
 
 def test_what_cannot_go_back_compiled_is_told_before_the_run_begins(tmp_path):
-    with pytest.raises(sf.errors.OperationsError, match="nothing can be compiled here.*double backward"):
+    with pytest.raises(sf.errors.OperationsError, match=r"nothing can be compiled here.*double backward"):
         run(recipe(objective=penalised), tmp_path / "run", COMPILED)
     assert not (tmp_path / "run/steps").exists()

@@ -74,14 +74,15 @@ def calm_steps(
     """Takes that many steps at most, while they are certain to be calm, and settles them together. How many
     it took; the batch after them, if it turned out to be an unusual one; the guard's alarm, if it has one.
 
-    The guard takes them up block by block, since what is certain follows from the block before.
+    The guard takes them up block by block, since what is certain follows from the block before. Only the
+    last step of a block can raise an alarm, so an error within one loses none.
     """
     graph, state, guard = course.graph, course.state, course.parts.guard
     assert graph is not None
     taken: list[Taken] = []
     batch, alarm = None, None
     direct, take = graph.direct(state.step)
-    most = min(most, direct)
+    most = min(most, direct, EVERY - state.step % EVERY)
     try:
         while take is not None and batch is None and alarm is None and clock.boundary < clock.calm_until:
             num = min(most - len(taken), guard.calm_for(state.step))
@@ -99,7 +100,11 @@ def calm_steps(
         if taken:
             course.parts.updater.set_rates(taken[-1].multiplier, course.parts.base_lr)
             settle_calm(course, taken)
-    return len(taken), batch, heeded(course, alarm)
+    alarm = heeded(course, alarm)
+    if taken and alarm is None and guard.on and state.step % EVERY == 0:
+        look_at_layers(course, graph.trained, taken[-1].norms)
+        alarm = course.healer.look() if guard.heals else None
+    return len(taken), batch, alarm
 
 
 def _take(
@@ -108,8 +113,8 @@ def _take(
     """Takes `num` steps and adds them to `taken`, or fewer if time is up; or up to an unusual batch, which
     it returns.
     """
-    state, graph, guard, now = course.state, course.graph, course.parts.guard, time.perf_counter
-    bounds, base_lr, looks = guard.lets_pass(state.step), course.parts.base_lr[0], guard.on
+    state, now, base_lr = course.state, time.perf_counter, course.parts.base_lr[0]
+    bounds = course.parts.guard.lets_pass(state.step)
     for _ in range(num):
         begun = clock.boundary
         if begun >= clock.calm_until:
@@ -128,8 +133,6 @@ def _take(
         state.elapsed_s += ended - begun
         seconds = waited_s, ended - begun, ended - clock.row_before
         label = Label(slots, state.samples, base_lr * multiplier, 1, *seconds)
-        taken.append(Taken(label, multiplier, done[0], ended))
+        taken.append(Taken(label, multiplier, *done, ended))
         clock.boundary = clock.row_before = ended
-        if looks and state.step % EVERY == 0 and graph is not None:
-            look_at_layers(course, graph.trained, done[1])
     return None

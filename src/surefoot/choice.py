@@ -155,8 +155,14 @@ def _against(q: Question) -> str:
     if q.total < ENOUGH_UPDATES:
         return f"under {ENOUGH_UPDATES:,} updates it does not pay"
     counter = _Flops()
-    with counter:
-        losses_of(q.parts, q.batch(0))
+    try:
+        with counter:
+            losses_of(q.parts, q.batch(0))
+    except SurefootError:
+        raise
+    except Exception as error:  # if it is the model's, the first step will tell
+        q.parts.buffers.settle(torch.tensor(False), on_host=True)
+        return f"its operations cannot be counted: {_first_line(error)}"
     return "the model's own arithmetic dominates" if counter.total > _MOST_FLOPS else ""
 
 

@@ -29,7 +29,7 @@ from surefoot.graph import Graph
 from surefoot.guard.detect import FINE, GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE, SAT_OUT
 from surefoot.guard.guard import Stop
 from surefoot.guard.review import Alarm
-from surefoot.heal import Healer, Row, StopAskedError, same_row
+from surefoot.heal import EVERY, Healer, Row, StopAskedError, same_row
 from surefoot.measure.evaluate import Evaluation
 from surefoot.measure.profile import phase
 from surefoot.measure.readings import Readings
@@ -86,12 +86,13 @@ class Label(NamedTuple):
 
 class Taken(NamedTuple):
     """A step that a graph took as a calm one. multiplier: of the base rates. numbers: loss, norm of the
-    gradient, update ratio, and 1. ended: by `time.perf_counter`.
+    gradient, update ratio, and 1. norms: of the gradients, 1-d. ended: by `time.perf_counter`.
     """
 
     label: Label
     multiplier: float
     numbers: list[float]
+    norms: Tensor
     ended: float
 
 
@@ -176,6 +177,8 @@ def replay(
             return verdict
         if isinstance(verdict, Alarm) and verdict.detector == "D6":
             course.parts.guard.reviewed.told_slow = True
+        if verdict is None and state.step % EVERY == 0 and course.parts.guard.on:
+            look_at_layers(quiet, attempt.trained, attempt.norms)
         if validation_due(quiet) and run_validation(quiet) is None:
             raise StopAskedError
     verdict = settle(quiet, None, None)
@@ -219,9 +222,9 @@ def settle(course: Course, label: Label | None, attempt: Attempt | None) -> Alar
 
 def settle_calm(course: Course, taken: Sequence[Taken]) -> None:
     """Writes the rows of calm steps."""
-    now = time.time() - time.perf_counter()
-    for label, _, (loss, grad_norm, ratio, _), ended in taken:
-        _note(course, label, (loss, grad_norm, ratio, 1, FINE, 1.0, 1.0), now + ended)
+    offset = time.time() - time.perf_counter()
+    for label, _, (loss, grad_norm, ratio, _), _, ended in taken:
+        _note(course, label, (loss, grad_norm, ratio, 1, FINE, 1.0, 1.0), offset + ended)
 
 
 def heeded(course: Course, alarm: Alarm | None) -> Alarm | None:

@@ -115,7 +115,7 @@ class Graph:
         """How many steps from `step` on need no look at anything but what comes out; and what takes one of
         them at a multiplier, within the guard's bounds for loss and norm: its numbers and the gradient's
         norms per parameter, or None, with nothing changed, if it is unusual. Their batches are of the
-        arrays that the first was of.
+        arrays that the first was of. Drops the gradients of an eager step.
         """
         parts, whole = self._parts, self._whole
         if (

@@ -36,10 +36,10 @@ from surefoot.train_step import Parts, losses_of, probe
 from surefoot.types import Minibatch, Slots
 
 EVERY = 200
-"""Steps between states that a run can go back to."""
+"""Steps between states that a run can go back to, and between looks at layers and at the weights."""
 SELDOM = 800
-"""Steps between those of them that are kept where no code of others runs between steps, and these are
-compiled: the others are made again from them, to the same bits and in a moment.
+"""Steps between those that are kept in memory in compiled runs without a caller's body between steps:
+the others are made again from them, to the same bits and in a moment.
 """
 REMEMBERED = 2048
 """Rows that a replay is compared with."""
@@ -111,21 +111,23 @@ class Healer:
 
     # ------------------------------------------------------------------ states to go back to
 
-    def remember(self) -> Alarm | None:
-        """Keeps the state in memory, if it fits; every `EVERY` or `SELDOM` steps. An alarm if it is not
-        sound.
-        """
-        step = self.state.step
-        if not self.parts.updater.finite():
-            return self.unsound()
-        if self._fits is None and step:  # the optimizer has its state by now
-            most = _MEMORY_SHARE * _free_bytes(self.parts.device)
-            self._fits = self.state.num_bytes() * (_IN_MEMORY + 1) < most
-        if self._fits:
-            self.memory[step] = self.state.snapshot().copy()
+    def look(self) -> Alarm | None:
+        """Whether the weights are finite, which is looked at every `EVERY` steps; if not, the alarm."""
+        return None if self.parts.updater.finite() else self.unsound()
+
+    def remember(self) -> None:
+        """Keeps the state, which has been looked at, in memory, if it fits; after the first step."""
+        if self._fit():
+            self.memory[self.state.step] = self.state.snapshot().copy()
             while len(self.memory) > _IN_MEMORY:
                 del self.memory[min(self.memory)]
-        return None
+
+    def _fit(self) -> bool:
+        """Whether states fit into memory; asked when the optimizer has its state."""
+        if self._fits is None:
+            most = _MEMORY_SHARE * _free_bytes(self.parts.device)
+            self._fits = self.state.num_bytes() * (_IN_MEMORY + 1) < most
+        return self._fits
 
     def unsound(self) -> Alarm:
         """The alarm for a state that holds numbers that are not finite: the same whenever in a window of
@@ -137,7 +139,7 @@ class Healer:
 
     def _go_back(self, step: int, history: History, replay: Replay) -> None:
         """Puts the run into the state after `step` updates; `history` holds from there on."""
-        guard = self.parts.guard
+        guard, fit = self.parts.guard, self._fit()
         elapsed_s, now, told_slow = self.state.elapsed_s, guard.history, guard.reviewed.told_slow
         self.state.restore(self.nearest(step, now))
         guard.history = now
@@ -146,7 +148,7 @@ class Healer:
         if self.state.step != step:
             raise StateError(f"step {step} could not be reached again: {self.state.step} was.")
         self.state.elapsed_s, guard.history = elapsed_s, history
-        if self._fits is not False and step not in self.memory:  # it is needed for each remedy
+        if fit and step not in self.memory:  # it is needed for each remedy
             self.memory[step] = self.state.snapshot().copy()
 
     def nearest(self, step: int, history: History) -> Snapshot:

@@ -189,9 +189,11 @@ def _updates(run: Run, batches: Iterator[Minibatch], clock: Clock) -> Generator[
             return "preempted"  # a stop was asked for while validating
         if state.step % EVERY == 0 and parts.guard.on:
             look_at_layers(run, attempt.trained, attempt.norms)
-            if parts.guard.heals and state.step % run.remembers_every == 0:
+            if parts.guard.heals:
                 settle(run, None, None)
-                parts.guard.pending = run.healer.remember()
+                parts.guard.pending = run.healer.look()
+                if parts.guard.pending is None and state.step % run.remembers_every == 0:
+                    run.healer.remember()
             clock.boundary = time.perf_counter()
         keeper.look()
         if keeper.poisoned and parts.guard.heals:

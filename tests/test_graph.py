@@ -841,12 +841,6 @@ def test_a_long_run_trains_whatever_the_rule_thinks_of_its_model(changes, extent
     assert started["environment"]["compiled"] == extent
 
 
-def test_what_cannot_go_back_compiled_is_told_before_the_run_begins(tmp_path):
-    with pytest.raises(sf.errors.OperationsError, match=r"nothing can be compiled here.*double backward"):
-        run(recipe(objective=penalised), tmp_path / "run", COMPILED)
-    assert not (tmp_path / "run/steps").exists()
-
-
 def test_a_state_that_does_not_fit_is_not_kept_for_remedies(tmp_path, monkeypatch):
     monkeypatch.setattr(heal, "_free_bytes", lambda device: 0)
     _, built = run(diverging(), tmp_path / "run", Operations(compute={"compile": "on"}, progress="off"))

@@ -841,6 +841,13 @@ def test_a_long_run_trains_whatever_the_rule_thinks_of_its_model(changes, extent
     assert started["environment"]["compiled"] == extent
 
 
+def test_what_cannot_go_back_compiled_is_told_before_the_run_begins(tmp_path):
+    for i in range(9):  # more often than torch compiles a code object
+        with pytest.raises(sf.errors.OperationsError, match=r"nothing can be compiled .*double backward"):
+            run(recipe(objective=penalised), tmp_path / str(i), COMPILED)
+        assert not (tmp_path / str(i) / "steps").exists()
+
+
 def test_a_state_that_does_not_fit_is_not_kept_for_remedies(tmp_path, monkeypatch):
     monkeypatch.setattr(heal, "_free_bytes", lambda device: 0)
     _, built = run(diverging(), tmp_path / "run", Operations(compute={"compile": "on"}, progress="off"))
@@ -862,3 +869,54 @@ def test_layers_that_were_told_of_are_not_told_of_again_after_going_back(tmp_pat
     assert {"rolled_back", "layer"} <= set(kinds)
     layers = [layer for kind, _, layer in told[0][0] if kind == "layer"]
     assert len(layers) == len(set(layers))
+
+
+@pytest.mark.parametrize("mode", ["heal", "watch"])
+def test_layers_are_looked_at_after_the_alarm_of_the_same_step(mode, tmp_path, monkeypatch):
+    """Eight samples that are left out early put the review's blocks off, so that D6 falls on step 200."""
+    monkeypatch.setattr(calm, "_CALM_S", 5.0)
+    x, y = blobs(6000, classes=3)
+
+    def changed():
+        settings = EVENTFUL["vanishing"] | {"optimizer": sf.SGD(lr=1e-9), "until": 650}
+        return recipe(data=sf.Arrays(x, y), guard=sf.Guard(mode), **settings)
+
+    run(changed(), tmp_path / "before", Operations(compute={"compile": "off"}, budget={"updates": 1}))
+    for step in range(10, 26, 2):
+        x[sf.open_run(tmp_path / "before").plan.ids(step)[3], 0] = math.nan
+    found = [
+        calmly(changed(), tmp_path / str(calm), monkeypatch, calm=calm, checkpoint={"every": 5000})
+        for calm in (True, False)
+    ]
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_equal(a, b)
+
+
+class Unused(nn.Sequential):
+    """Has a weight that nothing depends on."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+        self.unused = nn.Parameter(torch.ones(3))
+
+
+def test_weights_are_looked_at_however_seldom_states_are_kept(tmp_path, monkeypatch):
+    def told(name):
+        calls = []
+
+        def metric(model, data):
+            calls.append(1)
+            if len(calls) == 33:  # after step 990
+                with torch.no_grad():
+                    model.unused.fill_(math.nan)
+            return torch.zeros(len(data[0]))
+
+        validation = sf.Validation(sf.Arrays(*blobs(20)), {"m": metric}, every=30)
+        changed = recipe(model=Unused, until=1100, validation=validation)
+        found = calmly(changed, tmp_path / name, monkeypatch, calm=True, checkpoint={"every": 5000})
+        return [(e["kind"], e.get("step"), e.get("detector")) for e in found[2] if e["kind"] != "validated"]
+
+    seldom = told("seldom")
+    monkeypatch.setattr(train, "SELDOM", EVERY)
+    assert seldom == told("often")
+    assert "D0" in {detector for *_, detector in seldom}

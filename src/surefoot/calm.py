@@ -75,7 +75,8 @@ def calm_steps(
     it took; the batch after them, if it turned out to be an unusual one; the guard's alarm, if it has one.
 
     The guard takes them up block by block, since what is certain follows from the block before. Only the
-    last step of a block can raise an alarm, so an error within one loses none.
+    last step of a block can raise an alarm, so an error within one loses none. They end where layers and
+    weights are to be looked at.
     """
     graph, state, guard = course.graph, course.state, course.parts.guard
     assert graph is not None
@@ -104,6 +105,7 @@ def calm_steps(
     if taken and alarm is None and guard.on and state.step % EVERY == 0:
         look_at_layers(course, graph.trained, taken[-1].norms)
         alarm = course.healer.look() if guard.heals else None
+        clock.boundary = time.perf_counter()
     return len(taken), batch, alarm
 
 
@@ -113,26 +115,19 @@ def _take(
     """Takes `num` steps and adds them to `taken`, or fewer if time is up; or up to an unusual batch, which
     it returns.
     """
-    state, now, base_lr = course.state, time.perf_counter, course.parts.base_lr[0]
-    bounds = course.parts.guard.lets_pass(state.step)
+    state, bounds = course.state, course.parts.guard.lets_pass(course.state.step)
     for _ in range(num):
-        begun = clock.boundary
-        if begun >= clock.calm_until:
+        if clock.boundary >= clock.calm_until:
             break
-        asked = now()
+        asked = time.perf_counter()
         batch = next(batches)
-        waited_s = now() - asked
+        clock.waited_s = time.perf_counter() - asked
         without_holes, multiplier = to_be_taken(course, batch)
         done = take(without_holes, multiplier, bounds)
         if done is None:
-            clock.waited_s = waited_s
             return batch
-        ended, slots = now(), batch.slots
         state.step += 1
-        state.samples += slots.num_samples
-        state.elapsed_s += ended - begun
-        seconds = waited_s, ended - begun, ended - clock.row_before
-        label = Label(slots, state.samples, base_lr * multiplier, 1, *seconds)
-        taken.append(Taken(label, multiplier, *done, ended))
-        clock.boundary = clock.row_before = ended
+        state.samples += batch.slots.num_samples
+        label = clock.label(course, batch.slots, multiplier, 1)
+        taken.append(Taken(label, multiplier, *done, clock.boundary))
     return None

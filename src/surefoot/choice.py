@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from surefoot.compiled import BACKWARD_HOOKS, Unchanged, hooked
+from surefoot.compiled import BACKWARD_HOOKS, Unchanged, hooked, with_own_code
 from surefoot.errors import OperationsError, SurefootError
 from surefoot.graph import Graph
 from surefoot.keys import word
@@ -113,7 +113,8 @@ def _forward(q: Question, why: str) -> Choice:
     def forward(model: nn.Module, data: Tree) -> Tensor | tuple[Tensor, Tensor]:
         return q.parts.objective(model, data)
 
-    objective: Objective = torch.compile(forward, dynamic=False, options={"fallback_random": True})
+    options: Any = {"fallback_random": True}  # the masks that eager mode draws
+    objective: Objective = torch.compile(with_own_code(forward), dynamic=False, options=options)
     try:
         probe(replace(q.parts, objective=objective), q.batch(0))
     except SurefootError:

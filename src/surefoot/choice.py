@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from surefoot.compiled import BACKWARD_HOOKS, Unchanged, hooked, with_own_code
+from surefoot.compiled import BACKWARD_HOOKS, Unchanged, hooked
 from surefoot.errors import OperationsError, SurefootError
 from surefoot.graph import Graph
 from surefoot.keys import word
@@ -114,7 +114,7 @@ def _forward(q: Question, why: str) -> Choice:
         return q.parts.objective(model, data)
 
     options: Any = {"fallback_random": True}  # the masks that eager mode draws
-    objective: Objective = torch.compile(with_own_code(forward), dynamic=False, options=options)
+    objective: Objective = torch.compile(forward, dynamic=False, options=options)
     try:
         probe(replace(q.parts, objective=objective), q.batch(0))
     except SurefootError:

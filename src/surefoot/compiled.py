@@ -40,7 +40,10 @@ class Compiled:
         self._arguments: list[Any] = []
         self._moves: list[tuple[int, int]] = []
         self._num_traced = 0
-        own = MethodType(with_own_code(method.__func__), method.__self__)  # type: ignore[attr-defined]
+        # A code object of its own: torch keeps there what it compiles, and not more than eight times; a
+        # process may make more runs than that.
+        function, owner = method.__func__, method.__self__  # type: ignore[attr-defined]
+        own = MethodType(FunctionType(function.__code__.replace(), function.__globals__), owner)
         self._through_torch = torch.compile(own, fullgraph=True, dynamic=False, backend=self._backend)
 
     def __call__(
@@ -121,14 +124,6 @@ class Compiled:
         with config.patch(enable_autograd_cache=False):  # which would keep `compile_kernels` out
             made: Any = compile_fx(graph, examples, compile_kernels, config_patches=self._options)
         return made  # type: ignore[no-any-return]
-
-
-def with_own_code(function: Any) -> FunctionType:
-    """The same function with a code object of its own: torch keeps there what it compiles, and not more
-    than eight times; a process may make more runs than that.
-    """
-    parts = function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    return FunctionType(function.__code__.replace(), *parts)
 
 
 @contextmanager

@@ -301,7 +301,7 @@ EVENTFUL = {
     "healed": None,
     "vanishing": {
         "model": lambda: nn.Sequential(
-            nn.Linear(8, 16), *(m for _ in range(15) for m in (nn.Sigmoid(), nn.Linear(16, 16)))
+            nn.Linear(8, 16), *(m for _ in range(10) for m in (nn.Sigmoid(), nn.Linear(16, 16)))
         ),
         "optimizer": sf.SGD(lr=1e-4),
         "until": 650,

@@ -259,6 +259,7 @@ SCENARIOS = [
 def play(scenario: Scenario, seed: int, guard: sf.Guard, out: Path) -> sf.Result:
     """Runs a scenario; what the machine does wrong happens once, however often the step is repeated."""
     built = build(scenario.recipe(seed, guard), RunFolder(out), Operations(progress="off"))
+    built.run.alone = False
     done: set[int] = set()
     for outcome in run_steps(built):
         step = outcome.step + 1

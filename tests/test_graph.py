@@ -239,8 +239,8 @@ def test_the_guard_decides_alike_and_a_healed_run_is_alike_to_the_bit(tmp_path):
 
 def test_nearly_all_steps_are_compiled_and_most_of_them_settled_together(tmp_path, monkeypatch):
     built = build(recipe(until=1000), RunFolder(tmp_path / "run"), Operations(compute={"compile": "on"}))
-    eager, together = [], []
-    step_by_step, settle = course.train_step, calm.settle_calm
+    eager, together, singly = [], [], []
+    step_by_step, settle, settle_one = course.train_step, calm.settle_calm, calm.settle
     monkeypatch.setattr(
         course, "train_step", lambda *of, **how: eager.append(of[1].slots.step) or step_by_step(*of, **how)
     )
@@ -249,19 +249,21 @@ def test_nearly_all_steps_are_compiled_and_most_of_them_settled_together(tmp_pat
         "settle_calm",
         lambda run, taken: together.append(len(taken)) or settle(run, taken),
     )
+    monkeypatch.setattr(calm, "settle", lambda *of, **how: singly.append(1) or settle_one(*of, **how))
     ordinary = [outcome.step for outcome in run_steps(built)]
     assert eager == [0]
-    assert len(ordinary) + sum(together) == 1000
+    assert len(ordinary) + sum(together) + sum(singly) == 1000
     assert {799, 999} <= set(ordinary)
     assert sum(together) > 800  # all but those of the guard's burn-in, if nothing stops the machine
 
 
-def calmly(changed, out, monkeypatch, *, calm, **operations):
-    """A compiled run, with or without calm steps; what it tells besides times."""
+def calmly(changed, out, monkeypatch, *, calm, compile="on", **operations):
+    """A run, with or without steps that are settled together; what it tells besides times."""
     with monkeypatch.context() as patch:
         if not calm:
             patch.setattr(train.Run, "undisturbed", lambda self, until: 0)
-        done, built = run(changed, out, Operations(compute={"compile": "on"}, progress="off", **operations))
+        operations = Operations(compute={"compile": compile}, progress="off", **operations)
+        done, built = run(changed, out, operations)
     view, log = sf.open_run(out), sf.open_run(out).log()
     timed = ("data_wait_s", "step_s", "wall_s", "cost", "time_s")
     columns = {name: column.tolist() for name, column in log.items() if name not in timed}
@@ -650,8 +652,7 @@ def annealed(out, operations, *, begin=0, stop=60):
 
     changed = recipe(objective=objective, until=60)
     built = build(changed, RunFolder(out), operations)
-    if built.run.graph is not None:
-        built.run.graph.check_every = 1  # as `sf.steps` does
+    built.run.alone = False  # as `sf.steps` does
     settings.beta = begin / 600
     for outcome in run_steps(built):
         settings.beta = (outcome.step + 1) / 600
@@ -884,7 +885,7 @@ def test_layers_that_were_told_of_are_not_told_of_again_after_going_back(tmp_pat
 @pytest.mark.parametrize("mode", ["heal", "watch"])
 def test_layers_are_looked_at_after_the_alarm_of_the_same_step(mode, tmp_path, monkeypatch):
     """Eight samples that are left out early put the review's blocks off, so that D6 falls on step 200."""
-    monkeypatch.setattr(calm, "_CALM_S", 5.0)
+    monkeypatch.setattr(calm, "_AHEAD_S", 5.0)
     x, y = blobs(6000, classes=3)
 
     def changed():

@@ -77,8 +77,8 @@ def steps(
     compiled parameters have no `grad`.
     """
     built = build(recipe, RunFolder(out), operations or Operations())
-    if built.run is not None and built.run.graph is not None:
-        built.run.graph.check_every = 1  # the body may change anything
+    if built.run is not None:
+        built.run.alone = False  # the body may change anything
     yield from run_steps(built)
 
 

@@ -1,7 +1,7 @@
-"""Compiled steps that are certain to be calm, taken one after the other and settled together.
+"""Steps after which nothing is due, taken one after the other and settled together.
 
-That saves most of what a small step costs beside its arithmetic. Rows, ledger and guard come out as if each
-had been settled by itself.
+That saves most of what a small step costs beside its arithmetic: what runs only now and then finds cold
+caches. Rows, ledger and guard come out as if each step had been settled by itself.
 """
 
 from __future__ import annotations
@@ -9,30 +9,58 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from surefoot.course import Course, Label, Taken, heeded, look_at_layers, settle_calm, to_be_taken
+from surefoot.course import (
+    Course,
+    Label,
+    Taken,
+    heeded,
+    look_at_layers,
+    settle,
+    settle_calm,
+    to_be_taken,
+    update,
+)
 from surefoot.graph import Take
+from surefoot.guard.detect import FINE
 from surefoot.guard.review import Alarm
 from surefoot.heal import EVERY
 from surefoot.measure.profile import phase
 from surefoot.stopping import NoLongerWaiting, StopRequest
+from surefoot.train_step import Attempt
 from surefoot.types import Minibatch, Slots
 
-_CALM_S = 0.05
-"""How long calm steps may follow one another, their rows waiting, before an ordinary one."""
+_AHEAD_S = 0.05
+"""How long steps may follow one another, their rows waiting, before an ordinary one."""
+
+
+class Ahead(NamedTuple):
+    """What `steps_ahead` did. num: steps that it took and settled. batch: of the next step, if it was
+    fetched already. attempted: the next step, if that was taken already, but not settled: what `update`
+    returned. alarm: of the guard.
+    """
+
+    num: int = 0
+    batch: Minibatch | None = None
+    attempted: tuple[Minibatch, float, Attempt] | None = None
+    alarm: Alarm | None = None
+
+
+NOTHING = Ahead()
 
 
 @dataclass(slots=True)
 class Clock:
     """Seconds of an attempt, of a step and between rows. begun: when the attempt did. boundary: when the
-    step did. waited_s: for its batch. calm_until: when the next ordinary step is due.
+    step did. waited_s: for its batch. ahead_until: until when others may follow the last ordinary step.
     """
 
     begun: float = field(default_factory=time.perf_counter)
     boundary: float = field(default_factory=time.perf_counter)
     row_before: float = field(default_factory=time.perf_counter)
     waited_s: float = 0.0
-    calm_until: float = 0.0
+    ahead_until: float = 0.0
 
     def label(self, course: Course, slots: Slots, multiplier: float, num_micro: int) -> Label:
         """What is known of the row of a step that has just ended; the next begins."""
@@ -43,9 +71,9 @@ class Clock:
         lr = course.parts.base_lr[0] * multiplier
         return Label(slots, course.state.samples, lr, num_micro, self.waited_s, step_s, wall_s)
 
-    def ordinary_step_ended(self) -> None:
-        """Calm ones may follow."""
-        self.calm_until = self.boundary + _CALM_S
+    def ordinary_step_ended(self, step_s: float) -> None:
+        """Others may follow, unless steps take so long that their rows are waited for."""
+        self.ahead_until = self.boundary + (_AHEAD_S if step_s < _AHEAD_S else 0.0)
 
 
 def next_batch(batches: Iterator[Minibatch], stop: StopRequest, clock: Clock) -> Minibatch:
@@ -68,11 +96,39 @@ def next_batch(batches: Iterator[Minibatch], stop: StopRequest, clock: Clock) ->
         clock.waited_s = time.perf_counter() - asked
 
 
-def calm_steps(
-    course: Course, batches: Iterator[Minibatch], clock: Clock, *, most: int
-) -> tuple[int, Minibatch | None, Alarm | None]:
-    """Takes that many steps at most, while they are certain to be calm, and settles them together. How many
-    it took; the batch after them, if it turned out to be an unusual one; the guard's alarm, if it has one.
+def steps_ahead(course: Course, batches: Iterator[Minibatch], clock: Clock, *, most: int) -> Ahead:
+    """Takes that many steps at most, after none of which anything is due, and settles them together."""
+    num, take = 0, None
+    if course.graph is not None and course.state.eager_from is None:
+        num, take = course.graph.direct(course.state.step)
+    if take is None:
+        return _one_by_one(course, batches, clock, most)
+    return _calm_steps(course, batches, clock, take, min(most, num))
+
+
+def _one_by_one(course: Course, batches: Iterator[Minibatch], clock: Clock, most: int) -> Ahead:
+    """Takes steps, up to the first that is not simply fine. None before it can raise an alarm."""
+    step, waiting = course.state.step, list[tuple[Label, Attempt, float]]()
+    num = min(most, EVERY - 1 - step % EVERY, course.parts.guard.fine_for(step) - 1)
+    try:
+        while len(waiting) < num and clock.boundary < clock.ahead_until:
+            asked = time.perf_counter()
+            batch = next(batches)
+            clock.waited_s = time.perf_counter() - asked
+            batch, multiplier, attempt = attempted = update(course, batch)
+            if attempt.verdict != FINE or not attempt.permitted:
+                return Ahead(len(waiting), attempted=attempted)
+            label = clock.label(course, batch.slots, multiplier, attempt.num_micro)
+            waiting.append((label, attempt, clock.boundary))
+    finally:
+        offset = time.time() - time.perf_counter()
+        for label, attempt, ended in waiting:
+            settle(course, label, attempt, at=offset + ended)
+    return Ahead(len(waiting))
+
+
+def _calm_steps(course: Course, batches: Iterator[Minibatch], clock: Clock, take: Take, most: int) -> Ahead:
+    """Takes compiled steps that are certain to be calm, up to an unusual batch.
 
     The guard takes them up block by block, since what is certain follows from the block before. Only the
     last step of a block can raise an alarm, so an error within one loses none. They end where layers and
@@ -82,10 +138,9 @@ def calm_steps(
     assert graph is not None
     taken: list[Taken] = []
     batch, alarm = None, None
-    direct, take = graph.direct(state.step)
-    most = min(most, direct, EVERY - state.step % EVERY)
+    most = min(most, EVERY - state.step % EVERY)
     try:
-        while take is not None and batch is None and alarm is None and clock.boundary < clock.calm_until:
+        while batch is None and alarm is None and clock.boundary < clock.ahead_until:
             num = min(most - len(taken), guard.calm_for(state.step))
             if num < 1:
                 break
@@ -106,7 +161,7 @@ def calm_steps(
         look_at_layers(course, graph.trained, taken[-1].norms)
         alarm = course.healer.look() if guard.heals else None
         clock.boundary = time.perf_counter()
-    return len(taken), batch, alarm
+    return Ahead(len(taken), batch, alarm=alarm)
 
 
 def _take(
@@ -117,7 +172,7 @@ def _take(
     """
     state, bounds = course.state, course.parts.guard.lets_pass(course.state.step)
     for _ in range(num):
-        if clock.boundary >= clock.calm_until:
+        if clock.boundary >= clock.ahead_until:
             break
         asked = time.perf_counter()
         batch = next(batches)

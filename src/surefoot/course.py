@@ -101,9 +101,9 @@ class Course:
     """What updates are made of, what they change, and who is told.
 
     total: updates in the whole run. validate: when, besides at its end. rows: the newest, for the guard.
-    blames: samples that break a step are looked for. before: rows of an earlier attempt, and their
-    numbers of passes, for steps that are taken again now: they must come out alike. price_per_s: of a
-    second of this machine, or 0.
+    blames: samples that break a step are looked for. alone: no code of the caller runs between steps.
+    before: rows of an earlier attempt, and their numbers of passes, for steps that are taken again now:
+    they must come out alike. price_per_s: of a second of this machine, or 0.
     """
 
     parts: Parts
@@ -121,6 +121,7 @@ class Course:
     price_per_s: float = 0.0
     stop: StopRequest = field(default_factory=StopRequest)
     blames: bool = True
+    alone: bool = True
     graph: Graph | None = None
     before: dict[int, tuple[Row, int]] = field(default_factory=dict)
     warned: dict[str, int] = field(default_factory=dict)
@@ -133,7 +134,7 @@ def update(course: Course, batch: Minibatch) -> tuple[Minibatch, float, Attempt]
     if course.graph is not None and state.eager_from is None:
         try:
             with phase("compiled step"):
-                attempt = course.graph(batch, multiplier)
+                attempt = course.graph(batch, multiplier, check=not course.alone)
         except ChangedError:
             state.eager_from = state.step
             course.told.event("uncompiled", step=state.step)
@@ -185,9 +186,11 @@ def replay(
     return None if known else verdict
 
 
-def settle(course: Course, label: Label | None, attempt: Attempt | None) -> Alarm | Stop | None:
+def settle(
+    course: Course, label: Label | None, attempt: Attempt | None, *, at: float | None = None
+) -> Alarm | Stop | None:
     """Writes the rows whose numbers have arrived: with arguments those that are due, else all. The first
-    verdict of the guard's review, if it has one.
+    verdict of the guard's review, if it has one. at: when the step ended, if not just now; Unix time.
     """
     state, guard, found = course.state, course.parts.guard, None
     if label is None or attempt is None:
@@ -202,7 +205,7 @@ def settle(course: Course, label: Label | None, attempt: Attempt | None) -> Alar
     for row, numbers in arrived:
         loss, grad_norm, _, permitted, verdict, _, *loss_scale = numbers
         slots, scale_used = row.slots, loss_scale[0] if loss_scale else 1.0
-        taken = _note(course, row, (*numbers[:6], scale_used), time.time())
+        taken = _note(course, row, (*numbers[:6], scale_used), at or time.time())
         if not permitted and verdict != SAT_OUT:
             state.num_refused += 1
         overflow = bool(loss_scale) and math.isfinite(loss) and scale_used > LossScale.LEAST

@@ -25,6 +25,7 @@ from surefoot.types import Minibatch, Tree, leaves
 
 _YES = torch.tensor(True)
 CHECK_EVERY = 800
+"""Steps that end at a multiple of it check all that the trace depended on."""
 
 Take = Callable[[Minibatch, float, tuple[float, float]], "tuple[list[float], Tensor] | None"]
 
@@ -37,11 +38,9 @@ class Graph:
             gradient and which buffers change.
         cpp_wrapper: see `Compiled`.
 
-    check_every: steps that end at a multiple of it check all that the trace depended on. suspects: the next
-    does; to be set after code of others has run. trained: the parameters that get a gradient.
+    suspects: the next step checks all that the trace depended on; to be set after code of others has run.
+    trained: the parameters that get a gradient.
     """
-
-    check_every = CHECK_EVERY
 
     def __init__(self, parts: Parts, batch: Minibatch, *, cpp_wrapper: bool) -> None:
         self._parts = parts
@@ -81,7 +80,7 @@ class Graph:
             ChangedError: it has; nothing was changed by this step.
         """
         parts, step, data = self._parts, batch.slots.step, leaves(batch.data)
-        check |= self.suspects or (step + 1) % self.check_every == 0
+        check |= self.suspects or (step + 1) % CHECK_EVERY == 0
         if check and not self._unchanged():
             raise ChangedError
         total = known_weight(parts, batch)
@@ -145,7 +144,7 @@ class Graph:
             numbers: list[float] = row.tolist()
             return (numbers, norms) if numbers[3] else None
 
-        return self.check_every - 1 - step % self.check_every, take
+        return CHECK_EVERY - 1 - step % CHECK_EVERY, take
 
     def _drop_grads(self) -> None:
         """Those of an eager step before."""

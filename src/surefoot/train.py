@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from surefoot.calm import Clock, calm_steps, next_batch
+from surefoot.calm import NOTHING, Clock, next_batch, steps_ahead
 from surefoot.checkpoint.tensors import safetensors_chunks
 from surefoot.course import (
     Course,
@@ -66,13 +66,12 @@ class Run(Course):
     status: str = "running"
 
     def undisturbed(self, until: int) -> int:
-        """How many compiled steps nothing is due after, before the one that ends at `until`; none unless
-        their batches are at hand, since rows wait meanwhile, and none under a profiler.
+        """How many steps nothing is due after, before the one that ends at `until`; none unless their
+        batches are at hand, since rows wait meanwhile, and none under a profiler.
         """
         step = self.state.step
-        compiled = self.graph is not None and self.state.eager_from is None
         seen = self.profile is not None or torch._C._autograd._profiler_enabled()
-        if not compiled or seen or self.before or not self.feed.at_hand:
+        if not self.alone or seen or self.before or not self.feed.at_hand:
             return 0
         kept, limit = self.keeper.due_step or self.total, self.budget.updates or self.total
         remembered = (step // self.remembers_every + 1) * self.remembers_every
@@ -81,8 +80,8 @@ class Run(Course):
     @property
     def remembers_every(self) -> int:
         """Steps between the states that are kept in memory."""
-        alone = self.graph is not None and self.graph.check_every > 1 and self.state.eager_from is None
-        return SELDOM if alone else EVERY
+        compiled = self.graph is not None and self.state.eager_from is None
+        return SELDOM if self.alone and compiled else EVERY
 
 
 def steps(run: Run) -> Generator[Outcome, None, None]:
@@ -148,23 +147,22 @@ def _updates(run: Run, batches: Iterator[Minibatch], clock: Clock) -> Generator[
             record.lock.check()
         if run.profile is not None:
             _tell_profile(run, run.profile.before(state.step))
+        ahead = NOTHING
+        if clock.boundary < clock.ahead_until and (most := run.undisturbed(next_validation)) > 0:
+            ahead = steps_ahead(run, batches, clock, most=most)
+        if ahead.alarm is not None:
+            parts.guard.pending = ahead.alarm
+            return ""
+        if ahead.num and ahead.batch is None and ahead.attempted is None:
+            continue
         try:
-            batch = None
-            if clock.boundary < clock.calm_until and (most := run.undisturbed(next_validation)) > 0:
-                num_taken, batch, alarm = calm_steps(run, batches, clock, most=most)
-                if alarm is not None:
-                    parts.guard.pending = alarm
-                    return ""
-                if batch is None and num_taken:
-                    continue
-            if batch is None:
-                batch = next_batch(batches, run.stop, clock)
+            attempted = ahead.attempted or update(run, ahead.batch or next_batch(batches, run.stop, clock))
         except NoLongerWaiting:
             return "preempted"
-        batch, multiplier, attempt = update(run, batch)
+        batch, multiplier, attempt = attempted
         slots = batch.slots
         label = clock.label(run, slots, multiplier, attempt.num_micro)
-        clock.ordinary_step_ended()
+        clock.ordinary_step_ended(label.step_s)
         with phase("row"):
             verdict = settle(run, label, attempt)
         outcome = Outcome(

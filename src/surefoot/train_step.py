@@ -123,8 +123,8 @@ def _gradients(
     for param in parts.params:
         param.grad = None
     loss, num_micro = accumulate(parts, batch, each)
-    trained = [param for param in parts.params if param.grad is not None]
-    grads = [param.grad for param in trained if param.grad is not None]
+    pairs = [(param, grad) for param in parts.params if (grad := param.grad) is not None]
+    trained, grads = [param for param, _ in pairs], [grad for _, grad in pairs]
     if not grads:
         raise RecipeError(
             "no parameter got a gradient.",

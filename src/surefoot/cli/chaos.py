@@ -97,6 +97,7 @@ def _train(order: Order, fault: str, at: int, err: Console) -> int:
     except OperationsError as error:
         err.print(f"error: {error}", markup=False, soft_wrap=True)
         return CANNOT
+    built.run.alone = meddle is None
     for outcome in steps(built.run):
         if meddle is not None:
             meddle(outcome.step + 1)

@@ -156,11 +156,13 @@ class Watch:
         """How many steps from `step` on, if each is within the bounds of `lets_pass` now, are permitted and
         call for no alarm before the last; on a host.
         """
+        return min(self.judge.calm_for(), self.fine_for(step)) if self.on else _ANY
+
+    def fine_for(self, step: int) -> int:
+        """How many steps from `step` on, if each is found fine, call for no alarm before the last."""
         if not self.on:
             return _ANY
-        if self.history.unsettled(step):
-            return 0
-        return min(self.judge.calm_for(), self.reviewed.calm_for())
+        return 0 if self.history.unsettled(step) else self.reviewed.calm_for()
 
     def take_calm(self, step: int, losses: Sequence[float], norms: Sequence[float]) -> Alarm | None:
         """Takes up steps that `calm_for` allowed for, the last of which is `step`, as `permit` and `review`

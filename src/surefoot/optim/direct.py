@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+_NONE: dict[str, Tensor] = {}
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
@@ -58,7 +59,7 @@ def _lists(optimizer: Optimizer, params: list[Tensor], *, has_momentum: bool) ->
         if not p.is_cpu or p.dtype is not torch.float32 or grad.is_sparse:
             return None
         if has_momentum:
-            buffer = state[p].get("momentum_buffer") if p in state else None
+            buffer = state.get(p, _NONE).get("momentum_buffer")
             if buffer is None or buffer.dtype is not torch.float32:
                 return None
             buffers.append(buffer)

@@ -37,7 +37,7 @@ COLUMNS = (
     Column("step_s", "d", "seconds from one row to the next, validation and checkpoints left out"),
     Column("wall_s", "d", "seconds from one row to the next, all included"),
     Column("cost", "d", "price of these seconds, as operations state it; 0 if they do not"),
-    Column("time_s", "d", "seconds since the epoch of Unix when the row was written"),
+    Column("time_s", "d", "seconds since the epoch of Unix when the step ended"),
 )
 
 

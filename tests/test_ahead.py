@@ -16,7 +16,9 @@ import surefoot as sf
 from surefoot import calm, train
 from surefoot.api import run_steps
 from surefoot.build import build
+from surefoot.data.plan import Plan
 from surefoot.heal import SELDOM
+from surefoot.measure.readings import Readings
 from surefoot.operations import Operations
 from surefoot.record.folder import RunFolder
 
@@ -184,3 +186,37 @@ def test_a_row_has_the_time_of_its_step(tmp_path):
     between, wall_s = np.diff(log["time_s"]), log["wall_s"][1:]
     assert (between >= 0).all()
     assert np.median(np.abs(between - wall_s)) < 0.5 * np.median(wall_s)
+
+
+@pytest.mark.parametrize("rules", [{"max_refused_in_a_row": 3}, {}])
+def test_numbers_that_arrive_later_are_waited_for_by_the_guard(tmp_path, monkeypatch, rules, together):
+    """As on a GPU, where the row of a step is known eight steps later."""
+    begin = Readings.__init__
+    monkeypatch.setattr(Readings, "__init__", lambda self, on: begin(self, on) or setattr(self, "lag", 8))
+    x, y = blobs(3000)
+    for step in range(101, 105):
+        x[Plan(3000, 20, seed=0).ids(step)] = 1e38
+
+    def changed():
+        data = sf.Arrays(x, y)
+        return recipe(data=data, batch=sf.Batch(20), guard=sf.Guard(**rules), until=300)
+
+    found = both(changed, tmp_path, monkeypatch)
+    alike(found)
+    assert together == []
+    assert found[0][2]  # the guard does something
+
+
+class Averaging:
+    """Keeps the norm that it was given, and changes it one step later."""
+
+    def __init__(self):
+        self.last = torch.tensor(0.0)
+
+    def __call__(self, grads, norm):
+        self.last.add_(norm).mul_(0.5)
+        self.last = norm
+
+
+def test_a_transform_that_changes_its_norm_later_changes_no_row(tmp_path, monkeypatch):
+    alike(both(lambda: recipe(gradient=(Averaging(),), until=300), tmp_path, monkeypatch))

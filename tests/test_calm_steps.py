@@ -158,6 +158,11 @@ def test_a_run_that_was_killed_goes_on_with_calm_steps(tmp_path, monkeypatch, mo
     assert counted(built, monkeypatch) > 300
 
 
+def test_one_step_after_a_validation_is_an_ordinary_one(tmp_path, monkeypatch):
+    changed = recipe(until=900, validation=sf.Validation(sf.Arrays(*blobs(20)), every=20))
+    assert counted(build(changed, RunFolder(tmp_path / "run"), compiled()), monkeypatch) > 600
+
+
 def test_time_for_the_guard_is_no_waiting_for_data(tmp_path, monkeypatch):
     take, slept = Watch.take_calm, [0.0]
 

@@ -826,9 +826,24 @@ def curved(model, data):
     return CE(model, data) + slopes.square().sum(1)
 
 
+class Conditional(nn.Module):
+    """Takes one of two ways, by an operation that torch traces by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.ways = nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 3)])
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, self.ways[0], self.ways[1], (x,))
+
+
 @pytest.mark.parametrize(
     ("changes", "extent"),
-    [({"model": scripted}, ""), ({"objective": penalised}, ""), ({"objective": curved}, "step")],
+    [
+        ({"model": scripted}, ""),
+        ({"objective": penalised}, ""),
+        ({"objective": curved}, "step"),
+    ],
     ids=["TorchScript", "gradient penalty", "jacrev"],
 )
 def test_a_long_run_trains_whatever_the_rule_thinks_of_its_model(changes, extent, tmp_path):
@@ -842,17 +857,28 @@ def test_a_long_run_trains_whatever_the_rule_thinks_of_its_model(changes, extent
     assert started["environment"]["compiled"] == extent
 
 
-def test_what_cannot_go_back_compiled_is_told_before_the_run_begins(tmp_path):
-    """In a process of its own: torch remembers functions that it failed to compile, and leaves them out."""
+def by_itself(tmp_path, changes, *options):
+    """A run in a process of its own: torch remembers what it failed to compile, and what it compiled."""
     file = tmp_path / "mine.py"
     file.write_text(
         "import sys\n"
         f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
         "import test_graph\n"
         "def recipe():\n"
-        "    return test_graph.recipe(objective=test_graph.penalised)\n"
+        f"    return test_graph.recipe({changes})\n"
     )
-    told = surefoot("train", file, "--out", tmp_path / "run", "--compile", "on")
+    return surefoot("train", file, "--out", tmp_path / "run", *options)
+
+
+def test_a_model_that_torch_traces_by_itself_trains_by_the_rule(tmp_path):
+    told = by_itself(tmp_path, "model=test_graph.Conditional, until=60_000", "--set", "budget.updates=6")
+    assert told.returncode == 4, told.stderr
+    assert "cannot be counted: NotImplementedError: what torch does in cond" in told.stderr
+    assert np.isfinite(sf.open_run(tmp_path / "run").log()["loss"]).all()
+
+
+def test_what_cannot_go_back_compiled_is_told_before_the_run_begins(tmp_path):
+    told = by_itself(tmp_path, "objective=test_graph.penalised", "--compile", "on")
     assert told.returncode == 2
     assert "nothing can be compiled here" in told.stderr
     assert "double backward" in told.stderr

@@ -98,11 +98,11 @@ def next_batch(batches: Iterator[Minibatch], stop: StopRequest, clock: Clock) ->
 
 def steps_ahead(course: Course, batches: Iterator[Minibatch], clock: Clock, *, most: int) -> Ahead:
     """Takes that many steps at most, after none of which anything is due, and settles them together."""
-    num, take = 0, None
-    if course.graph is not None and course.state.eager_from is None:
-        num, take = course.graph.direct(course.state.step)
-    if take is None:
+    if course.graph is None or course.state.eager_from is not None or not course.graph.is_whole:
         return _one_by_one(course, batches, clock, most)
+    num, take = course.graph.direct(course.state.step)
+    if take is None:  # until an ordinary step has gone through torch
+        return NOTHING
     return _calm_steps(course, batches, clock, take, min(most, num))
 
 
@@ -119,7 +119,8 @@ def _one_by_one(course: Course, batches: Iterator[Minibatch], clock: Clock, most
             if attempt.verdict != FINE or not attempt.permitted:
                 return Ahead(len(waiting), attempted=attempted)
             label = clock.label(course, batch.slots, multiplier, attempt.num_micro)
-            waiting.append((label, attempt, clock.boundary))
+            kept = attempt._replace(grad_norm=attempt.grad_norm.clone())  # a transform may have its own
+            waiting.append((label, kept, clock.boundary))
     finally:
         offset = time.time() - time.perf_counter()
         for label, attempt, ended in waiting:

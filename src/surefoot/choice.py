@@ -16,10 +16,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from surefoot.compiled import BACKWARD_HOOKS, Unchanged, hooked
+from surefoot.compiled import BACKWARD_HOOKS, Unchanged, forget_failed_traces, hooked
 from surefoot.errors import OperationsError, SurefootError
 from surefoot.graph import Graph
 from surefoot.keys import word
@@ -120,6 +121,7 @@ def _forward(q: Question, why: str) -> Choice:
     except SurefootError:
         raise
     except Exception as error:
+        forget_failed_traces()
         raise OperationsError(
             f"compute.compile = {q.asked}: nothing can be compiled here: {_first_line(error)}",
             why=why,
@@ -163,6 +165,7 @@ def _against(q: Question) -> str:
         raise
     except Exception as error:  # if it is the model's, the first step will tell
         q.parts.buffers.settle(torch.tensor(False), on_host=True)
+        forget_failed_traces()
         return f"its operations cannot be counted: {_first_line(error)}"
     return "the model's own arithmetic dominates" if counter.total > _MOST_FLOPS else ""
 
@@ -172,6 +175,8 @@ class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
     modules apart, and so fails where a forward pass takes a derivative, as a gradient penalty does.
     """
 
+    supports_higher_order_operators = True  # that is, it is asked about them
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
@@ -179,6 +184,8 @@ class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if isinstance(func, HigherOrderOperator):
+            raise NotImplementedError(f"what torch does in {func}")
         result = func(*args, **(kwargs or {}))
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
@@ -205,6 +212,7 @@ def _tried(q: Question) -> tuple[Graph | None, str]:
         try:
             attempts = [graph(batch, 0.0), graph(batch, 0.0), graph(batch, 0.0, check=True)]
         except Exception as error:
+            forget_failed_traces()
             return None, _first_line(error)
     finally:
         q.state.restore(before)

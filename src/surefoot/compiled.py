@@ -7,13 +7,17 @@ then, and what is likely to change is looked at here, each time.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+
+_made: WeakSet[Compiled] = WeakSet()
 
 
 class ChangedError(Exception):
@@ -40,6 +44,7 @@ class Compiled:
         self._arguments: list[Any] = []
         self._moves: list[tuple[int, int]] = []
         self._num_traced = 0
+        _made.add(self)
         # A code object of its own: torch keeps there what it compiles, and not more than eight times; a
         # process may make more runs than that.
         function, owner = method.__func__, method.__self__  # type: ignore[attr-defined]
@@ -138,6 +143,15 @@ def _hooks_on_saved_tensors_stay() -> Iterator[None]:
         if told is None:
             torch._C._autograd._saved_tensors_hooks_enable()
         raise
+
+
+def forget_failed_traces() -> None:
+    """Has torch forget what it could not trace. It does not try that again, so that it would be left out of
+    what is compiled next; and `torch.cond`, which traces itself, would fail for good (torch 2.13). Not once
+    something has been compiled in this process, which torch would forget, too.
+    """
+    if "torch._dynamo" in sys.modules and not any(one._kernels for one in _made):
+        torch._dynamo.reset()
 
 
 class Unchanged:

@@ -39,7 +39,7 @@ class Graph:
         cpp_wrapper: see `Compiled`.
 
     suspects: the next step checks all that the trace depended on; to be set after code of others has run.
-    trained: the parameters that get a gradient.
+    trained: the parameters that get a gradient. is_whole: a step is one function, and not several passes.
     """
 
     def __init__(self, parts: Parts, batch: Minibatch, *, cpp_wrapper: bool) -> None:
@@ -57,6 +57,7 @@ class Graph:
         self._weight = _kind(known_weight(parts, batch))
         self.suspects = self._has_grads = True
         one = parts.micro >= batch.num_rows
+        self.is_whole = one
         self._whole = Compiled(traced.whole, cpp_wrapper=cpp_wrapper) if one else None
         self._pieces = {
             piece.num_rows: Compiled(traced.gradients, cpp_wrapper=cpp_wrapper)

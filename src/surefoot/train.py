@@ -67,11 +67,12 @@ class Run(Course):
 
     def undisturbed(self, until: int) -> int:
         """How many steps nothing is due after, before the one that ends at `until`; none unless their
-        batches are at hand, since rows wait meanwhile, and none under a profiler.
+        batches are at hand, since rows wait meanwhile, and none under a profiler or on a GPU, whose
+        numbers arrive later.
         """
         step = self.state.step
         seen = self.profile is not None or torch._C._autograd._profiler_enabled()
-        if not self.alone or seen or self.before or not self.feed.at_hand:
+        if not self.alone or seen or self.before or self.readings.lag or not self.feed.at_hand:
             return 0
         kept, limit = self.keeper.due_step or self.total, self.budget.updates or self.total
         remembered = (step // self.remembers_every + 1) * self.remembers_every

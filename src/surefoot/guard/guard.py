@@ -159,7 +159,9 @@ class Watch:
         return min(self.judge.calm_for(), self.fine_for(step)) if self.on else _ANY
 
     def fine_for(self, step: int) -> int:
-        """How many steps from `step` on, if each is found fine, call for no alarm before the last."""
+        """How many steps from `step` on, if each is found fine, call for no alarm before the last; on a
+        host.
+        """
         if not self.on:
             return _ANY
         return 0 if self.history.unsettled(step) else self.reviewed.calm_for()

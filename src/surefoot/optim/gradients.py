@@ -4,7 +4,6 @@ accumulation and unscaling, in the order given.
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,17 +14,14 @@ from torch import Tensor
 from surefoot.errors import RecipeError
 from surefoot.types import check_fields
 
-_SINGLE = struct.Struct("f")
+_SINGLE = struct.Struct("@f")  # the machine's: what is too large becomes infinite
 
 
 def _rounded(number: float) -> float:
     """To single precision. Of a sum, a product or a quotient of such numbers in double precision this is
     what single precision gives: it has more than twice the digits (Figueroa 1995).
     """
-    try:
-        single: float = _SINGLE.unpack(_SINGLE.pack(number))[0]
-    except OverflowError:
-        return math.copysign(math.inf, number)
+    single: float = _SINGLE.unpack(_SINGLE.pack(number))[0]
     return single
 
 

@@ -21,7 +21,7 @@ class Numbers:
     log = staticmethod(math.log)
     sqrt = staticmethod(math.sqrt)
     maximum = staticmethod(max)
-    median = staticmethod(statistics.median)
+    minimum = staticmethod(min)
     count = staticmethod(sum)
     together: Any = staticmethod(list)
 
@@ -34,6 +34,17 @@ class Numbers:
     def number(value: Any) -> float:
         """A float."""
         return float(value)
+
+    @staticmethod
+    def median(values: Sequence[float], those: list[bool]) -> float:
+        """Of some of the values; not a number without any."""
+        kept = Numbers.kept(values, those)
+        return statistics.median(kept) if kept else math.nan
+
+    @staticmethod
+    def first(values: Sequence[float], those: list[bool]) -> float:
+        """Of some of the values; not a number without any."""
+        return next(iter(Numbers.kept(values, those)), math.nan)
 
     @staticmethod
     def finite(one: Sequence[float], other: Sequence[float]) -> list[bool]:
@@ -77,8 +88,7 @@ class Numbers:
 
 
 class Tensors:
-    """The same of 0-d float64 tensors, and of float64[n]; see `Numbers`. Nothing but `kept` waits for the
-    device.
+    """The same of 0-d float64 tensors, and of float64[n]; see `Numbers`. Nothing waits for the device.
     """
 
     isfinite = staticmethod(torch.isfinite)
@@ -86,6 +96,7 @@ class Tensors:
     log = staticmethod(torch.log)
     sqrt = staticmethod(torch.sqrt)
     maximum = staticmethod(torch.maximum)
+    minimum = staticmethod(torch.minimum)
     together = staticmethod(torch.stack)
     where = staticmethod(torch.where)
 
@@ -99,9 +110,15 @@ class Tensors:
         return torch.full((), value, dtype=torch.float64, device=self._device)  # a copy would wait
 
     @staticmethod
-    def median(values: Tensor) -> Tensor:
+    def median(values: Tensor, those: Tensor) -> Tensor:
         """As a quantile: the middle of the two in the middle."""
-        return torch.quantile(values, 0.5)
+        return torch.nanquantile(torch.where(those, values, torch.nan), 0.5)
+
+    @staticmethod
+    def first(values: Tensor, those: Tensor) -> Tensor:
+        """See `Numbers.first`."""
+        place = those.double().argmax().unsqueeze(0)  # of the first; an index by a 0-d tensor would wait
+        return torch.where(those.any(), values.gather(0, place)[0], torch.nan)
 
     @staticmethod
     def count(those: Tensor) -> Tensor:
@@ -112,11 +129,6 @@ class Tensors:
     def finite(one: Tensor, other: Tensor) -> Tensor:
         """Of which pairs both are."""
         return torch.isfinite(one) & torch.isfinite(other)
-
-    @staticmethod
-    def kept(values: Tensor, those: Tensor) -> Tensor:
-        """Some of the values."""
-        return values[those]
 
     @staticmethod
     def distances(values: Tensor, of: Tensor) -> Tensor:

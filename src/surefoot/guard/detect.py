@@ -29,7 +29,6 @@ _WINSOR = 6.0  # standard deviations
 _LEAST_DEVIATION = 0.05  # of the log norm
 _HIGH = 0.5  # of the first loss
 _TINY = 1e-30
-_NEARLY = 1 - 1e-9
 
 Scalar = Any
 """A float or a 0-d float64 tensor."""
@@ -57,6 +56,20 @@ class Decision(NamedTuple):
     high: Scalar
 
 
+class Limits(NamedTuple):
+    """What a step's loss and norm are compared with, until the statistics change.
+
+    spike: a longer gradient is one. long: a longer one is shortened to `short`. high, jump: a loss above
+    the first is a spike if the one before was above it, too; a loss above both is one at once.
+    """
+
+    spike: Scalar
+    long: Scalar
+    short: Scalar
+    high: Scalar
+    jump: Scalar
+
+
 class _Bounds(NamedTuple):
     wild: float
     ratio: float
@@ -68,59 +81,62 @@ class _Bounds(NamedTuple):
 
 _USUAL = _Bounds(6.0, math.log(10.0), wild_loss=12.0, rise=3.0, long=3.0, long_ratio=math.log(2.0))
 _EARLY = _Bounds(12.0, math.log(30.0), wild_loss=12.0, rise=30.0, long=12.0, long_ratio=math.log(30.0))
+_MOST_LOG = 700.0  # whose exponential is finite
 
 
-def judge(
-    xp: Any,
-    seen: Statistics | None,
-    loss: Scalar,
-    norm: Scalar,
-    *,
-    was_high: Scalar,
-    early: bool = False,
-) -> Decision:
-    """The decision on a step with this loss and norm of its gradient, before clipping.
-
-    seen: statistics of the steps before; None for the first, when only finiteness is asked for.
-    was_high: of the decision on the step before.
-    early: within the burn-in, when only what is out of all proportion is refused, and nothing shortened.
+def limits(xp: Any, seen: Statistics, *, early: bool = False) -> Limits:
+    """The limits for the next steps. early: within the burn-in.
 
     A gradient spike is more than 6 deviations and 10 times above what is usual; a loss spike more than 12
     deviations (small batches have long tails), the first loss and 3 times the mean above the mean; half the
     first loss will do from the second such step in a row on, since long tails of the data do not last. A
     gradient more than 3 deviations and twice above what is usual is shortened to 2 deviations above it.
     """
+    bounds = _EARLY if early else _USUAL
+    norm_deviation, loss_deviation = _deviations(xp, seen)
+    first = abs(seen.first)
+
+    def norm(above: Scalar) -> Scalar:
+        return xp.exp(xp.minimum(seen.log_mean + above, xp.number(_MOST_LOG)))
+
+    rise = xp.maximum(bounds.wild_loss * loss_deviation, bounds.rise * abs(seen.mean))
+    return Limits(
+        spike=norm(xp.maximum(bounds.wild * norm_deviation, xp.number(bounds.ratio))),
+        long=norm(xp.maximum(bounds.long * norm_deviation, xp.number(bounds.long_ratio))),
+        short=norm(2.0 * norm_deviation),
+        high=seen.mean + xp.maximum(rise, _HIGH * first),
+        jump=seen.mean + first,
+    )
+
+
+def judge(
+    xp: Any, allowed: Limits | None, loss: Scalar, norm: Scalar, *, was_high: Scalar, early: bool = False
+) -> Decision:
+    """The decision on a step with this loss and norm of its gradient, before clipping.
+
+    allowed: None for the first, when only finiteness is asked for.
+    was_high: of the decision on the step before.
+    early: within the burn-in, when only what is out of all proportion is refused, and nothing shortened.
+    """
     finite = xp.isfinite(loss) & xp.isfinite(norm)
     one = xp.number(1.0)
-    if seen is None:
+    if allowed is None:
         return Decision(xp.where(finite, one * FINE, one * NOT_FINITE), one, loss < loss)
-    bounds = _EARLY if early else _USUAL
-    above = xp.log(xp.where(norm > _TINY, norm, _TINY * one)) - seen.log_mean
-    rise = loss - seen.mean
-    norm_deviation, loss_deviation = _deviations(xp, seen)
-    spike = (above > bounds.wild * norm_deviation) & (above > bounds.ratio)
-    high = (rise > bounds.wild_loss * loss_deviation) & (rise > bounds.rise * abs(seen.mean))
-    high = high & (rise > _HIGH * abs(seen.first))
-    jump = high & (was_high | (rise > abs(seen.first)))
-    verdict = xp.where(spike, one * GRADIENT_SPIKE, xp.where(jump, one * LOSS_SPIKE, one * FINE))
+    high = loss > allowed.high
+    jump = high & (was_high | (loss > allowed.jump))
+    verdict = xp.where(norm > allowed.spike, one * GRADIENT_SPIKE, xp.where(jump, one * LOSS_SPIKE, one * FINE))
     verdict = xp.where(finite, verdict, one * NOT_FINITE)
     if early:
         return Decision(verdict, one, high)
-    long = finite & (above > bounds.long * norm_deviation) & (above > bounds.long_ratio)
-    clip = xp.where(long, xp.exp(xp.where(long, 2.0 * norm_deviation - above, 0.0 * one)), one)
-    return Decision(verdict, clip, high)
+    shorter = allowed.short / xp.maximum(norm, allowed.long)  # which is above zero
+    return Decision(verdict, xp.where(finite & (norm > allowed.long), shorter, one), high)
 
 
-def calm_below(xp: Any, seen: Statistics, *, early: bool = False) -> tuple[float, float]:
+def calm_below(allowed: Limits) -> tuple[float, float]:
     """Loss and norm up to which `judge`, on a host, finds a step fine, its loss not high, and its gradient
     not long.
     """
-    bounds = _EARLY if early else _USUAL
-    norm_deviation, loss_deviation = _deviations(xp, seen)
-    above = max(bounds.long * norm_deviation, bounds.long_ratio)
-    rise = max(bounds.wild_loss * loss_deviation, bounds.rise * abs(seen.mean), _HIGH * abs(seen.first))
-    loss = min(seen.mean + _NEARLY * rise, sys.float_info.max)  # an infinite one is never fine
-    return loss, _NEARLY * math.exp(min(seen.log_mean + above, 700.0))
+    return min(allowed.high, sys.float_info.max), allowed.long  # an infinite loss is never fine
 
 
 def take_up(xp: Any, seen: Statistics, losses: Any, norms: Any) -> Statistics:
@@ -147,17 +163,26 @@ def begin(xp: Any, losses: Any, norms: Any) -> Statistics:
     Without any that is, nearly everything is usual, until `take_up` has adapted.
     """
     finite = xp.finite(losses, norms)
-    losses, norms = xp.kept(losses, finite), xp.kept(norms, finite)
-    if not len(losses):
-        return Statistics(*map(xp.number, (0.0, 1e30, 0.0, 1e30, 0.0)))
-    logs = xp.logs(norms, _TINY)
-    return Statistics(*_centre(xp, logs), *_centre(xp, losses), losses[0])
+    some = xp.count(finite) > 0
+
+    def found(value: Scalar, without: float) -> Scalar:
+        return xp.where(some, value, without)
+
+    log_mean, log_var = _centre(xp, xp.logs(norms, _TINY), finite)
+    mean, var = _centre(xp, losses, finite)
+    return Statistics(
+        found(log_mean, 0.0),
+        found(log_var, 1e30),
+        found(mean, 0.0),
+        found(var, 1e30),
+        found(xp.first(losses, finite), 0.0),
+    )
 
 
-def _centre(xp: Any, values: Any) -> tuple[Scalar, Scalar]:
-    """Median, and variance by the median absolute deviation."""
-    middle = xp.median(values)
-    deviation = 1.4826 * xp.median(xp.distances(values, middle))
+def _centre(xp: Any, values: Any, those: Any) -> tuple[Scalar, Scalar]:
+    """Median of some of the values, and their variance by the median absolute deviation."""
+    middle = xp.median(values, those)
+    deviation = 1.4826 * xp.median(xp.distances(values, middle), those)
     return middle, deviation * deviation
 
 

@@ -14,10 +14,12 @@ from surefoot.guard.detect import (
     BURN_IN,
     EARLIEST,
     Decision,
+    Limits,
     Statistics,
     begin,
     calm_below,
     judge,
+    limits,
     take_up,
 )
 
@@ -27,7 +29,8 @@ CALM = Decision(0.0, 1.0, False)
 class Judge:
     """Decides on steps, in order. On a CPU losses and norms are floats, on a device 0-d float64 tensors.
 
-    seen: statistics of the steps before; None within the burn-in.
+    seen: statistics of the steps before; None within the burn-in. allowed: what follows from them. was_high:
+    of the last decision.
 
     Args:
         on_host: whether they are floats; by the device, if left out.
@@ -35,12 +38,13 @@ class Judge:
 
     def __init__(self, device: torch.device, *, on_host: bool | None = None) -> None:
         self.seen: Statistics | None = None
+        self.allowed: Limits | None = None
+        self.was_high: Any = False
         self.on_host = device.type == "cpu" if on_host is None else on_host
         self._xp: Any = Numbers() if self.on_host else Tensors(device)
         self._losses: list[Any] = []  # that are not taken up yet
         self._norms: list[Any] = []
         self._calm_loss = self._calm_norm = -math.inf
-        self._was_high: Any = False
 
     def take(self, loss: Any, norm: Any) -> Decision:
         """The decision on a step, which is taken up."""
@@ -48,13 +52,17 @@ class Judge:
             decision = CALM
         else:
             decision = self.decide(loss, norm)
-        self._was_high = decision.high
+        self.taken(loss, norm, high=decision.high)
+        return decision
+
+    def taken(self, loss: Any, norm: Any, *, high: Any) -> None:
+        """Takes up a step that was decided on by what is `allowed`. high: of that decision."""
+        self.was_high = high
         losses = self._losses
         losses.append(loss)
         self._norms.append(norm)
         if len(losses) >= (BURN_IN if self.seen is None else BLOCK):
             self._take_up()
-        return decision
 
     def _take_up(self) -> None:
         if self.seen is None:
@@ -72,16 +80,16 @@ class Judge:
         """Takes up that many steps at most, all of them `CALM`."""
         self._losses += losses
         self._norms += norms
-        self._was_high = CALM.high
+        self.was_high = CALM.high
         if len(self._losses) >= BLOCK:
             self._take_up()
 
     def decide(self, loss: Any, norm: Any) -> Decision:
         """The decision on a step with these numbers; nothing is taken up."""
-        seen, early = self.seen, self.seen is None
-        if seen is None and len(self._losses) >= EARLIEST:
-            seen = self._begun()
-        return judge(self._xp, seen, loss, norm, was_high=self._was_high, early=early)
+        allowed, early = self.allowed, self.seen is None
+        if early and len(self._losses) >= EARLIEST:
+            allowed = self._early()
+        return judge(self._xp, allowed, loss, norm, was_high=self.was_high, early=early)
 
     def certain_below(self) -> tuple[float, float]:
         """Loss and norm up to which the next decision is certain to be `CALM`; on a host."""
@@ -89,7 +97,7 @@ class Judge:
             return self._calm_loss, self._calm_norm
         if len(self._losses) < EARLIEST:
             return math.inf, math.inf
-        return calm_below(self._xp, self._begun(), early=True)
+        return calm_below(self._early())
 
     def tensor_or_float(self, number: Any) -> Any:
         """A number as the decisions take it."""
@@ -102,10 +110,14 @@ class Judge:
     def _begun(self) -> Statistics:
         return begin(self._xp, *self._waiting())
 
+    def _early(self) -> Limits:
+        return limits(self._xp, self._begun(), early=True)
+
     def _set_bounds(self) -> None:
         self._calm_loss = self._calm_norm = -math.inf
-        if self.seen is not None and self.on_host:
-            self._calm_loss, self._calm_norm = calm_below(self._xp, self.seen)
+        self.allowed = None if self.seen is None else limits(self._xp, self.seen)
+        if self.allowed is not None and self.on_host:
+            self._calm_loss, self._calm_norm = calm_below(self.allowed)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON."""
@@ -114,7 +126,7 @@ class Judge:
             "losses": [float(x) for x in self._losses],
             "norms": [float(x) for x in self._norms],
             "seen": None if seen is None else _as_json(seen),
-            "was_high": bool(self._was_high),
+            "was_high": bool(self.was_high),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -126,7 +138,7 @@ class Judge:
         if seen:
             (log_mean, mean), (log_var, var), first = seen
             self.seen = Statistics(*map(self._xp.number, (log_mean, log_var, mean, var, first)))
-        self._was_high = state.get("was_high", False)
+        self.was_high = state.get("was_high", False)
         self._set_bounds()
 
 

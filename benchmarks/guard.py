@@ -33,6 +33,7 @@ import surefoot as sf
 from surefoot.api import run_steps
 from surefoot.build import build
 from surefoot.course import Silence, to_be_taken, update
+from surefoot.graph import Graph
 from surefoot.prepare import Prepared, prepare
 from surefoot.record.folder import RunFolder
 
@@ -117,7 +118,7 @@ def silent(made: Prepared) -> Iterator[None]:
     feed = made.feed(lambda kind, **facts: None)
     course = made.course(feed, None, Silence(), deque(maxlen=1))  # type: ignore[arg-type]
     left, take, graph = 0, None, course.graph
-    assert graph is not None
+    assert isinstance(graph, Graph)
     for batch in feed.batches(0, LONG):
         if left < 1:
             left, take = graph.direct(course.state.step)

@@ -20,6 +20,8 @@ LEVELS = [
     {"train_step"},
     {"keep", "stopping", "blame", "traced"},
     {"graph"},
+    {"captured"},
+    {"trials"},
     {"heal", "choice"},
     {"course"},
     {"calm"},

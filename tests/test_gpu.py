@@ -1,11 +1,14 @@
 """What only a GPU can show. Marked `gpu`: run where torch sees one."""
 
+import numpy as np
 import pytest
 import torch
-from conftest import recipe
+from conftest import blobs, recipe, surefoot
 from torch import nn
 
 import surefoot as sf
+from surefoot.build import build
+from surefoot.record.folder import RunFolder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,34 +20,239 @@ def make():
     return nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 3))
 
 
-SPECS = [sf.SGD(lr=0.1, momentum=0.9, fused=True), sf.AdamW(lr=0.01, fused=True)]
+SPECS = [sf.SGD(lr=0.1, momentum=0.9), sf.AdamW(lr=0.01)]
+EAGER = sf.Operations(compute={"compile": "off"})
+
+
+def rows(run):
+    """Of the log, without what the clock has a part in."""
+    log = sf.open_run(run.run_dir).log()
+    return {name: str(column.tolist()) for name, column in log.items() if name not in TIMES}
+
+
+TIMES = {"attempt", "data_wait_s", "step_s", "wall_s", "time_s", "cost"}
+
+
+def compiled(run):
+    return sf.open_run(run.run_dir).identity["environment"]["compiled"]
+
+
+def events(run, kind):
+    return [event for event in sf.open_run(run.run_dir).events() if event["kind"] == kind]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_it_continues_to_the_bit(tmp_path, spec, precision):
     changed = recipe(
-        model=make, optimizer=spec, precision=precision, batch=sf.Batch(32, micro=8), until="6ep"
+        model=make, optimizer=spec, precision=precision, batch=sf.Batch(30, micro=8), until="20ep"
     )
     whole = sf.fit(changed, out=tmp_path / "whole")
-    for stop in (5, 17, 18):
+    for stop in (5, 17, 18, 90, 91, 140):
         for outcome in sf.steps(changed, out=tmp_path / "parts"):
             if outcome.step == stop:
                 break
     parts = sf.fit(changed, out=tmp_path / "parts")
     assert (parts.digest, parts.ledger) == (whole.digest, whole.ledger)
+    assert rows(parts) == rows(whole)
     assert "cuda" in sf.open_run(parts.run_dir).identity["environment"]["device"]
+    assert compiled(whole) == compiled(parts) == "captured"
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: type(s).__name__)
-def test_a_step_never_waits_for_the_device(tmp_path, spec):
-    changed = recipe(model=make, optimizer=spec, gradient=(sf.clip_norm(1.0),), until="6ep")
-    operations = sf.Operations(checkpoint={"every": "1h"})
+@pytest.mark.parametrize("micro", [None, 8])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("guard", ["heal", "watch", "off"])
+def test_captured_steps_have_the_bits_of_eager_ones(tmp_path, spec, micro, precision, guard):
+    changed = recipe(
+        model=make,
+        optimizer=spec,
+        precision=precision,
+        batch=sf.Batch(30, micro=micro),
+        schedule=sf.cosine(),
+        gradient=(sf.clip_norm(0.5),),
+        guard=sf.Guard(guard),
+        until="25ep",
+    )
+    captured = sf.fit(changed, out=tmp_path / "captured")
+    eager = sf.fit(changed, out=tmp_path / "eager", operations=EAGER)
+    assert (compiled(captured), compiled(eager)) == ("captured", "")
+    assert rows(captured) == rows(eager)
+    assert (captured.digest, captured.ledger) == (eager.digest, eager.ledger)
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 3)
+    )
+
+
+def recurrent():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cells, self.head = nn.GRU(8, 16, batch_first=True), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.head(self.cells(x)[0][:, -1])
+
+    return Last()
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"), [(convolutional, (1, 8, 8)), (recurrent, (5, 8))], ids=["conv", "gru"]
+)
+def test_captured_models_have_the_bits_of_eager_ones(tmp_path, model, shape):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(300, *shape)).astype("float32"), rng.integers(0, 3, 300)
+    changed = recipe(model=model, data=sf.Arrays(x, y), until="20ep", batch=sf.Batch(32))
+    captured = sf.fit(changed, out=tmp_path / "captured")
+    eager = sf.fit(changed, out=tmp_path / "eager", operations=EAGER)
+    assert compiled(captured) == "captured"
+    assert captured.digest == eager.digest
+
+
+@pytest.mark.parametrize("operations", [sf.Operations(), EAGER], ids=["captured", "eager"])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: type(s).__name__)
+def test_a_step_never_waits_for_the_device(tmp_path, spec, operations):
+    changed = recipe(model=make, optimizer=spec, gradient=(sf.clip_norm(1.0),), until="25ep")
+    operations = sf.Operations(checkpoint={"every": "1h"}, compute={"compile": operations.compute.compile})
     try:
         for outcome in sf.steps(changed, out=tmp_path / "run", operations=operations):
-            if outcome.step == 10:
+            if outcome.step in (10, 120):
                 torch.cuda.set_sync_debug_mode("error")
-            if outcome.step == 40:
+            if outcome.step in (80, 180):  # captured from 64 on
                 torch.cuda.set_sync_debug_mode("default")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("operations", [sf.Operations(), EAGER], ids=["captured", "eager"])
+def test_broken_samples_are_found_and_left_out(tmp_path, operations):
+    x, y = blobs(1024)
+    x[[77, 500]] = np.nan
+    done = sf.fit(
+        recipe(model=make, data=sf.Arrays(x, y), until="15ep"), out=tmp_path, operations=operations
+    )
+    assert done.status == "finished"
+    named = {i for event in events(done, "quarantined") for i in event["ids"]}
+    assert named == {77, 500}
+    assert compiled(done) == ("captured" if operations is not EAGER else "")
+
+
+def test_a_run_that_diverges_goes_back_and_on(tmp_path):
+    """Captured steps read the weights and the optimizer's state that were put back."""
+
+    def train(name, operations):
+        changed = recipe(model=make, until="80ep")
+        taken = enumerate(sf.steps(changed, out=tmp_path / name, operations=operations))
+        for num, outcome in taken:
+            if num == 450:  # as after a bit that flipped
+                with torch.no_grad():
+                    outcome.model[4].weight.mul_(300.0)
+        return sf.fit(changed, out=tmp_path / name)
+
+    captured, eager = train("captured", sf.Operations()), train("eager", EAGER)
+    assert events(captured, "rolled_back")
+    assert rows(captured) == rows(eager)
+    assert captured.digest == eager.digest
+
+
+def test_a_validation_between_captured_steps(tmp_path):
+    changed = recipe(
+        model=make, validation=sf.Validation(sf.Arrays(*blobs(128, seed=1)), every="1ep"), until="20ep"
+    )
+    captured = sf.fit(changed, out=tmp_path / "captured")
+    eager = sf.fit(changed, out=tmp_path / "eager", operations=EAGER)
+    assert (captured.digest, captured.metrics) == (eager.digest, eager.metrics)
+
+
+class Waits(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = make()
+
+    def forward(self, x):
+        return self.net(x) * (1.0 if x.sum().item() else 2.0)
+
+
+class DrawsOnTheHost(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = make()
+
+    def forward(self, x):
+        return self.net(x + 0.01 * torch.randn(8).pin_memory().to(x.device, non_blocking=True))
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.num = make(), 0
+
+    def forward(self, x):
+        self.num += 1
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": Waits}, "synchronizing"),
+        ({"model": DrawsOnTheHost}, "or from those of the CPU"),
+        ({"model": Counts}, "changes its attributes in a step"),
+        ({"model": make, "optimizer": sf.RMSprop(lr=0.01)}, "is none that torch fuses"),
+    ],
+    ids=["waits", "draws", "counts", "optimizer"],
+)
+def test_what_cannot_be_captured_is_trained_eagerly_and_says_so(tmp_path, changes, says):
+    changed = recipe(until="12ep", **changes)
+    run = sf.fit(changed, out=tmp_path / "auto")
+    eager = sf.fit(changed, out=tmp_path / "eager", operations=EAGER)
+    assert compiled(run) == ""
+    assert run.digest == eager.digest
+    (note,) = build(changed, RunFolder(tmp_path / "notes"), sf.Operations()).notes
+    assert note.startswith("not captured: ")
+    assert says in note
+
+
+def test_a_model_that_changes_on_the_way_goes_on_eagerly(tmp_path):
+    def train(name, operations):
+        changed = recipe(model=make, until="20ep")
+        for outcome in sf.steps(changed, out=tmp_path / name, operations=operations):
+            if outcome.step == 100:
+                outcome.model[3].p = 0.5
+        return sf.fit(changed, out=tmp_path / name)
+
+    captured = train("captured", sf.Operations())
+    assert events(captured, "uncompiled")[0]["step"] == 101
+    assert captured.digest == train("eager", EAGER).digest
+
+
+RECIPE = """
+import numpy as np
+import surefoot as sf
+import torch.nn.functional as F
+from torch import nn
+
+rng = np.random.default_rng(0)
+recipe = sf.Recipe(
+    model=lambda: nn.Sequential(nn.Linear(8, 32), nn.Dropout(0.2), nn.Linear(32, 3)),
+    data=sf.Arrays(rng.normal(size=(256, 8)).astype("float32"), rng.integers(0, 3, 256)),
+    objective=sf.supervised(F.cross_entropy),
+    optimizer=sf.SGD(lr=0.1),
+    batch=sf.Batch(32),
+    until="30ep",
+)
+"""
+
+
+def test_replay_from_the_command_line(tmp_path):
+    file = tmp_path / "recipe.py"
+    file.write_text(RECIPE)
+    trained = surefoot("train", file, "--out", tmp_path / "run", fresh=True)
+    assert trained.returncode == 0, trained.stderr
+    assert "captured: the step is one CUDA graph" in trained.stdout + trained.stderr
+    replayed = surefoot("replay", tmp_path / "run", "--step", "200", fresh=True)
+    assert replayed.returncode == 0, replayed.stderr
+    assert "reproduced" in replayed.stdout

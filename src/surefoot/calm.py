@@ -22,7 +22,7 @@ from surefoot.course import (
     to_be_taken,
     update,
 )
-from surefoot.graph import Take
+from surefoot.graph import Graph, Take
 from surefoot.guard.detect import FINE
 from surefoot.guard.review import Alarm
 from surefoot.heal import EVERY
@@ -98,9 +98,10 @@ def next_batch(batches: Iterator[Minibatch], stop: StopRequest, clock: Clock) ->
 
 def steps_ahead(course: Course, batches: Iterator[Minibatch], clock: Clock, *, most: int) -> Ahead:
     """Takes that many steps at most, after none of which anything is due, and settles them together."""
-    if course.graph is None or course.state.eager_from is not None or not course.graph.is_whole:
+    graph = course.graph if course.state.eager_from is None else None
+    if not isinstance(graph, Graph) or not graph.is_whole:
         return _one_by_one(course, batches, clock, most)
-    num, take = course.graph.direct(course.state.step)
+    num, take = graph.direct(course.state.step)
     if take is None:  # until an ordinary step has gone through torch
         return NOTHING
     return _calm_steps(course, batches, clock, take, min(most, num))
@@ -136,7 +137,7 @@ def _calm_steps(course: Course, batches: Iterator[Minibatch], clock: Clock, take
     weights are to be looked at.
     """
     graph, state, guard = course.graph, course.state, course.parts.guard
-    assert graph is not None
+    assert isinstance(graph, Graph)
     taken: list[Taken] = []
     batch, alarm = None, None
     most = min(most, EVERY - state.step % EVERY)

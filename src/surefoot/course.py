@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from surefoot.blame import usual_loss
+from surefoot.captured import Captured
 from surefoot.compiled import ChangedError
 from surefoot.data.feed import Feed
 from surefoot.data.holes import leave_out
@@ -122,7 +123,7 @@ class Course:
     stop: StopRequest = field(default_factory=StopRequest)
     blames: bool = True
     alone: bool = True
-    graph: Graph | None = None
+    graph: Graph | Captured | None = None
     before: dict[int, tuple[Row, int]] = field(default_factory=dict)
     warned: dict[str, int] = field(default_factory=dict)
 
@@ -196,12 +197,7 @@ def settle(
     if label is None or attempt is None:
         arrived = course.readings.rest()
     else:
-        waiting = (
-            attempt.loss, attempt.grad_norm, attempt.update_ratio, attempt.permitted, attempt.verdict,
-            attempt.clip,
-        )  # fmt: skip
-        scale = () if attempt.loss_scale is None else (attempt.loss_scale,)
-        arrived = course.readings.put(label, waiting + scale)
+        arrived = course.readings.put(label, attempt.numbers())
     for row, numbers in arrived:
         loss, grad_norm, _, permitted, verdict, _, *loss_scale = numbers
         slots, scale_used = row.slots, loss_scale[0] if loss_scale else 1.0

@@ -51,7 +51,7 @@ class Graph:
         others = [p.detach() for name, p in named.items() if name not in trained]
         self._update = FunctionalUpdate(parts.updater.optimizer, self.trained)
         self._buffers = list(parts.buffers.changing)
-        self._form, self._num_rows = _form(batch.data, leaves(batch.data)), batch.num_rows
+        self._form, self._num_rows = form(batch.data, leaves(batch.data)), batch.num_rows
         traced = Traced(parts, trained, others, self._update, self._buffers, batch.num_rows)
         self._unchanged = Unchanged(parts.model, [parts.objective, *parts.transforms])
         self._weight = _kind(known_weight(parts, batch))
@@ -102,7 +102,7 @@ class Graph:
         scale, loss_scale = parts.precision.scale, None
         permit = parts.guard.permit_on_host(loss, grad_norm, step=step, scaled=scale is not None)
         if scale is not None:
-            loss_scale = scale.scale
+            loss_scale = scale.scale.clone()
             scale.adjust(_YES)
         parts.updater.set_rates(multiplier, parts.base_lr)
         at = row.unbind()
@@ -157,7 +157,7 @@ class Graph:
     def _usual(self, batch: Minibatch, data: list[Any], total: Any) -> bool:
         """Whether the batch is one of those that were compiled for."""
         same = batch.weights is None and _kind(total) == self._weight
-        return same and _form(batch.data, data) == self._form
+        return same and form(batch.data, data) == self._form
 
     def _write(self, loss_bound: float, norm_bound: float, rates: list[float]) -> None:
         far = FAR_FROM_OVERFLOW / max(1.0, *map(abs, rates))
@@ -206,22 +206,22 @@ def _kind(total: Any) -> Any:
     return (total.dtype, total.shape) if isinstance(total, Tensor) else None
 
 
-def _form(tree: Tree, data: list[Any]) -> tuple[Any, ...]:
-    """All that what was compiled takes for granted of a batch: its nest, and of its leaves `data`, each of
-    which it gets as one of its own, how they lie in memory. What is no tensor is like nothing else: it
-    would be a constant.
+def form(tree: Tree, data: list[Any]) -> tuple[Any, ...]:
+    """All that what was compiled, or captured, takes for granted of a batch: its nest, and of its leaves
+    `data`, each of which it gets as one of its own, how they lie in memory. What is no tensor is like
+    nothing else: it would be a constant.
     """
     ids = list(map(id, data))
-    return _nest(tree), [
+    return _nest(tree), *(
         (leaf.shape, leaf.dtype, leaf.stride(), leaf.requires_grad, ids.index(id(leaf)))
         if isinstance(leaf, Tensor)
         else object()
         for leaf in data
-    ]
+    )
 
 
 def _nest(tree: Tree) -> Any:
     """Types and keys of a nest, in order."""
     if isinstance(tree, dict):
-        return type(tree), [(key, _nest(branch)) for key, branch in tree.items()]
-    return (type(tree), [_nest(branch) for branch in tree]) if isinstance(tree, (tuple, list)) else None
+        return type(tree), *((key, _nest(branch)) for key, branch in tree.items())
+    return (type(tree), *map(_nest, tree)) if isinstance(tree, (tuple, list)) else None

@@ -49,6 +49,7 @@ from surefoot.protocols import Weighing
 from surefoot.recipe import Recipe, Validation
 from surefoot.state import RunState
 from surefoot.train_step import Parts, seed_generators
+from surefoot.trials import Trial
 from surefoot.types import DurationLike, duration
 
 _MOST_UPDATES = 1 << 48
@@ -187,9 +188,8 @@ def prepare(
     _check_watched(recipe, operations, schedule, evaluation, model)
     feed = Feed(recipe.data, plan, recipe.seed, device)
     question = Question(
-        asked=operations.compute.compile, kept=kept, parts=parts, state=state, total=total,
-        batch=feed.at,
-    )  # fmt: skip
+        asked=operations.compute.compile, kept=kept, trial=Trial(parts, state, feed.at, total)
+    )
     try:
         choice = choose(question)
     except (SurefootError, OSError, MemoryError, torch.OutOfMemoryError):

@@ -180,7 +180,8 @@ class RunState:
         return {
             "state": {names[number]: slots for number, slots in state["state"].items()},
             "groups": [
-                {k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]
+                {k: float(v) if k == "lr" else v for k, v in group.items() if k != "params"}
+                for group in state["param_groups"]
             ],
         }
 

@@ -31,6 +31,7 @@ from surefoot.course import (
     validation_due,
 )
 from surefoot.errors import StateError, SurefootError, failure_class
+from surefoot.graph import Graph
 from surefoot.guard.guard import Stop
 from surefoot.guard.hang import HangWatch
 from surefoot.guard.review import Alarm
@@ -81,8 +82,8 @@ class Run(Course):
     @property
     def remembers_every(self) -> int:
         """Steps between the states that are kept in memory."""
-        compiled = self.graph is not None and self.state.eager_from is None
-        return SELDOM if self.alone and compiled else EVERY
+        short = isinstance(self.graph, Graph) and self.state.eager_from is None
+        return SELDOM if self.alone and short else EVERY
 
 
 def steps(run: Run) -> Generator[Outcome, None, None]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from surefoot.errors import OperationsError, RecipeError
+from surefoot.guard.detect import Decision
 from surefoot.guard.guard import Watch
 from surefoot.keys import word
 from surefoot.measure.profile import phase
@@ -60,6 +61,7 @@ class Parts:
 class Attempt(NamedTuple):
     """Numbers of one attempted update: 0-d tensors, see `Outcome`. verdict, clip: of the guard; 0-d tensors
     or numbers. trained, norms: the parameters that got a gradient, and its 2-norms before clipping, 1-d.
+    packed: `numbers` in one tensor, if they are.
     """
 
     loss: Tensor
@@ -72,10 +74,32 @@ class Attempt(NamedTuple):
     num_micro: int
     trained: Sequence[nn.Parameter]
     norms: Tensor
+    packed: Tensor | None = None
+
+    def numbers(self) -> Sequence[Tensor | float] | Tensor:
+        """Those of its row that the device makes, in this order."""
+        if self.packed is not None:
+            return self.packed
+        own = (self.loss, self.grad_norm, self.update_ratio, self.permitted, self.verdict, self.clip)
+        return own if self.loss_scale is None else (*own, self.loss_scale)
+
+
+class Inside(NamedTuple):
+    """What a step asks that is being captured, to be launched as another: `Watch.permit_by`'s decision, and
+    the random numbers of a logical micro-batch.
+    """
+
+    decide: Callable[[Tensor, Tensor], Decision]
+    begin_micro: Callable[[int], None]
 
 
 def train_step(
-    parts: Parts, batch: Minibatch, multiplier: float, *, each: list[Tensor] | None = None
+    parts: Parts,
+    batch: Minibatch,
+    multiplier: float,
+    *,
+    each: list[Tensor] | None = None,
+    inside: Inside | None = None,
 ) -> Attempt:
     """Attempts one update at `multiplier` times the base rates. The samples' losses are added to `each`.
 
@@ -83,13 +107,17 @@ def train_step(
         RecipeError: the objective returned something else than one loss per sample.
     """
     parts.buffers.remember()
-    loss, trained, grads, num_micro = _gradients(parts, batch, each)
+    loss, trained, grads, num_micro = _gradients(parts, batch, each, inside)
     scale = parts.precision.scale
     norms = norms_of(grads)
     grad_norm = norm = torch.linalg.vector_norm(norms)
     step = batch.slots.step
     with phase("permit and clip"):
-        permitted, verdict, clip = parts.guard.permit(loss, grad_norm, step=step, scaled=scale is not None)
+        if inside is None:
+            permit = parts.guard.permit(loss, grad_norm, step=step, scaled=scale is not None)
+        else:
+            permit = parts.guard.permit_by(inside.decide, loss, grad_norm, scaled=scale is not None)
+        permitted, verdict, clip = permit
         if isinstance(clip, Tensor) or clip < 1.0:
             torch._foreach_mul_(grads, clip)
             norm = (norm * clip).to(norm.dtype)
@@ -109,7 +137,7 @@ def train_step(
     parts.buffers.settle(applied, on_host=parts.device.type == "cpu")
     loss_scale = None
     if scale is not None:
-        loss_scale = scale.scale
+        loss_scale = scale.scale.clone()
         scale.adjust(torch.isfinite(loss) & torch.isfinite(grad_norm))
     return Attempt(
         loss, grad_norm, ratio, applied, verdict, clip, loss_scale, num_micro, trained, norms
@@ -117,12 +145,12 @@ def train_step(
 
 
 def _gradients(
-    parts: Parts, batch: Minibatch, each: list[Tensor] | None = None
+    parts: Parts, batch: Minibatch, each: list[Tensor] | None = None, inside: Inside | None = None
 ) -> tuple[Tensor, list[nn.Parameter], list[Tensor], int]:
     """The loss of the batch, the parameters that get a gradient, these, and the number of passes."""
     for param in parts.params:
         param.grad = None
-    loss, num_micro = accumulate(parts, batch, each)
+    loss, num_micro = accumulate(parts, batch, each, inside)
     pairs = [(param, grad) for param in parts.params if (grad := param.grad) is not None]
     trained, grads = [param for param, _ in pairs], [grad for _, grad in pairs]
     if not grads:
@@ -176,7 +204,9 @@ def losses_of(parts: Parts, batch: Minibatch) -> Tensor:
     return torch.cat(found)
 
 
-def accumulate(parts: Parts, batch: Minibatch, each: list[Tensor] | None = None) -> tuple[Tensor, int]:
+def accumulate(
+    parts: Parts, batch: Minibatch, each: list[Tensor] | None = None, inside: Inside | None = None
+) -> tuple[Tensor, int]:
     """Adds up the gradient of the batch's loss; returns the loss (0-d) and the number of passes. The
     samples' losses, float[B] in all and NaN where they weigh nothing, are added to `each`.
 
@@ -188,7 +218,10 @@ def accumulate(parts: Parts, batch: Minibatch, each: list[Tensor] | None = None)
     loss_sum = weight_sum = before = None
     for piece in pieces:
         if piece.begins_micro:
-            seed_generators(word(word(parts.draws, batch.slots.step), piece.micro), parts.device)
+            if inside is None:
+                seed_generators(word(word(parts.draws, batch.slots.step), piece.micro), parts.device)
+            else:
+                inside.begin_micro(piece.micro)
             before = torch.default_generator.get_state() if parts.physical < parts.micro else None
         with phase("forward"), parts.precision.forward(), parts.precision.attention():
             losses, weights = losses_and_weights(parts, piece.data, piece.num_rows, piece.weights)

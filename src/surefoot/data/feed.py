@@ -108,10 +108,10 @@ class Feed:
         that their memory can be the next ones'.
         """
         size, here, nest = self.plan.batch_size, self.device.type == "cpu", self.source.nest
-        parts = [torch.unsafe_split(leaf, size) for leaf in gathered]  # which autograd takes for no views
+        there = gathered if here else [self._move(leaf) for leaf in gathered]  # at once: few large copies
+        parts = [torch.unsafe_split(leaf, size) for leaf in there]  # which autograd takes for no views
         for i in range(start, len(slots)):
-            data = nest([part[i] for part in parts])
-            yield Minibatch(slots[i], data if here else self._on_device(data), None, size)
+            yield Minibatch(slots[i], nest([part[i] for part in parts]), None, size)
 
     def _from_workers(self, start: int, stop: int) -> Generator[Minibatch, None, None]:
         """Batches fetched by processes. If one of them dies or hangs, all are replaced, and go on with the

@@ -88,8 +88,7 @@ class Numbers:
 
 
 class Tensors:
-    """The same of 0-d float64 tensors, and of float64[n]; see `Numbers`. Nothing waits for the device.
-    """
+    """The same of 0-d float64 tensors, and of float64[n]; see `Numbers`. Nothing waits for the device."""
 
     isfinite = staticmethod(torch.isfinite)
     exp = staticmethod(torch.exp)

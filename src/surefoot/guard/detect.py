@@ -124,7 +124,9 @@ def judge(
         return Decision(xp.where(finite, one * FINE, one * NOT_FINITE), one, loss < loss)
     high = loss > allowed.high
     jump = high & (was_high | (loss > allowed.jump))
-    verdict = xp.where(norm > allowed.spike, one * GRADIENT_SPIKE, xp.where(jump, one * LOSS_SPIKE, one * FINE))
+    verdict = xp.where(
+        norm > allowed.spike, one * GRADIENT_SPIKE, xp.where(jump, one * LOSS_SPIKE, one * FINE)
+    )
     verdict = xp.where(finite, verdict, one * NOT_FINITE)
     if early:
         return Decision(verdict, one, high)

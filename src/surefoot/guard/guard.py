@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from surefoot.errors import RecipeError
-from surefoot.guard.detect import FINE, LOSS_SPIKE, NOT_FINITE, SAT_OUT
+from surefoot.guard.detect import FINE, LOSS_SPIKE, NOT_FINITE, SAT_OUT, Decision
 from surefoot.guard.history import History
 from surefoot.guard.judge import CALM, Judge
 from surefoot.guard.layers import Layers
@@ -122,21 +122,42 @@ class Watch:
         """
         if self.judge.on_host:
             return self.permit_on_host(loss.item(), grad_norm.item(), step=step, scaled=scaled)
+        if self.on:
+            self._begin_anew(step)
+        permitted, verdict, clip = self.permit_by(self.judge.take, loss, grad_norm, scaled=scaled)
+        if isinstance(verdict, Tensor) and isinstance(clip, Tensor):  # it heals
+            limit = self.history.most_norm(step)
+            if limit is not None:
+                clip = torch.minimum(clip, torch.clamp(limit / grad_norm.double(), max=1.0))
+            if self.history.sits_out(step):
+                permitted, verdict = torch.zeros_like(permitted), torch.full_like(verdict, SAT_OUT)
+        return Permit(permitted, verdict, clip)
+
+    def permit_by(
+        self, decide: Callable[[Tensor, Tensor], Decision], loss: Tensor, grad_norm: Tensor, *, scaled: bool
+    ) -> Permit:
+        """`permit` on a device by what `decide` makes of loss and norm, where `is_usual`."""
         finite = (loss - loss) + (grad_norm - grad_norm) == 0  # inf - inf and NaN - NaN are NaN
         watched = Permit(finite if scaled else torch.ones_like(finite), 0.0, 1.0)
         if not self.on:
             return watched
-        self._begin_anew(step)
-        norm64 = grad_norm.double()
-        verdict, clip, _ = self.judge.take(loss.double(), norm64)
+        verdict, clip, _ = decide(loss.double(), grad_norm.double())
         if not self.heals:
             return watched._replace(verdict=verdict)
-        limit = self.history.most_norm(step)
-        if limit is not None:
-            clip = torch.minimum(clip, torch.clamp(limit / norm64, max=1.0))
-        if self.history.sits_out(step):
-            verdict = torch.full_like(verdict, SAT_OUT)
         return Permit(verdict == FINE, verdict, clip)
+
+    def is_usual(self, step: int) -> bool:
+        """Whether a step is decided on by its numbers and what the judge allows alone: it has seen enough,
+        and nothing that was done before has a say.
+        """
+        if not self.on:
+            return True
+        history = self.history
+        if history.interventions and (
+            history.sits_out(step) or history.begins_anew(step) or history.most_norm(step) is not None
+        ):
+            return False
+        return self.judge.allowed is not None
 
     def lets_pass(self, step: int) -> tuple[float, float]:
         """Loss and norm of the gradient up to which `permit` is certain to say yes, on a host, and not to

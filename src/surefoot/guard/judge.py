@@ -29,8 +29,8 @@ CALM = Decision(0.0, 1.0, False)
 class Judge:
     """Decides on steps, in order. On a CPU losses and norms are floats, on a device 0-d float64 tensors.
 
-    seen: statistics of the steps before; None within the burn-in. allowed: what follows from them. was_high:
-    of the last decision.
+    seen: statistics of the steps before; None within the burn-in. allowed: what follows from them.
+    was_high: of the last decision.
 
     Args:
         on_host: whether they are floats; by the device, if left out.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -27,12 +27,13 @@ class Readings(Generic[T]):
         self._cuda = device.type == "cuda"
         self._queue: deque[tuple[T, Tensor, torch.cuda.Event | None]] = deque()
 
-    def put(self, label: T, numbers: tuple[Tensor | float, ...]) -> Iterable[tuple[T, list[float]]]:
-        """Adds a set of 0-d tensors and numbers; gives back those sets whose turn has come."""
+    def put(self, label: T, numbers: Sequence[Tensor | float] | Tensor) -> Iterable[tuple[T, list[float]]]:
+        """Adds a set of 0-d tensors and numbers, or one from `pack`; gives back those sets whose turn
+        has come.
+        """
         if self.lag == 0:
             return ((label, [float(number) for number in numbers]),)
-        device = next(number.device for number in numbers if isinstance(number, Tensor))
-        packed = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers])
+        packed = numbers if isinstance(numbers, Tensor) else pack(numbers)
         arrived = None
         if self._cuda:
             packed = packed.to("cpu", non_blocking=True)
@@ -51,3 +52,15 @@ class Readings(Generic[T]):
             if arrived is not None:
                 arrived.synchronize()
             yield label, packed.tolist()
+
+
+def pack(numbers: Sequence[Tensor | float]) -> Tensor:
+    """0-d tensors of one device, and numbers, as float64[n] there; nothing waits for it."""
+    device = next(number.device for number in numbers if isinstance(number, Tensor))
+
+    def double(number: Tensor | float) -> Tensor:
+        if isinstance(number, Tensor):
+            return number.double()
+        return torch.full((), number, dtype=torch.float64, device=device)  # a copy would wait
+
+    return torch.stack(list(map(double, numbers)))

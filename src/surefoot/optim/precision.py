@@ -81,7 +81,8 @@ def _single(argument: Any) -> Any:
 
 
 class LossScale:
-    """Dynamic loss scaling (Micikevicius et al. 2018): tensors only, so nothing waits for the device.
+    """Dynamic loss scaling (Micikevicius et al. 2018): tensors only, always the same two, so nothing waits
+    for the device.
 
     The loss is multiplied by `scale` before the backward pass. An update whose gradients are not
     finite halves it; 2,000 finite ones in a row double it.
@@ -105,8 +106,8 @@ class LossScale:
         good = torch.where(permitted, self.num_good + 1, 0)
         grow = good >= self.GROWTH_INTERVAL
         grown = torch.where(grow, self.scale * 2, self.scale)
-        self.scale = torch.where(permitted, grown, self.scale / 2).clamp(self.LEAST, self.MOST)
-        self.num_good = torch.where(grow, 0, good)
+        self.scale.copy_(torch.where(permitted, grown, self.scale / 2).clamp(self.LEAST, self.MOST))
+        self.num_good.copy_(torch.where(grow, 0, good))
 
     def state_dict(self) -> dict[str, float]:
         """JSON."""

@@ -1,7 +1,9 @@
 """Optimizers: each a frozen description with torch's own names and defaults, built over groups.
 
-Built without `fused` they are, bit for bit, what torch builds by default. ``fused=True`` is several
-times faster on small tensors and rounds differently, so it belongs to the recipe.
+On a CPU they are, without `fused`, bit for bit what torch builds by default. ``fused=True`` is several
+times faster on small tensors and rounds differently, so it belongs to the recipe. On a GPU `SGD`, `Adam`
+and `AdamW` are always fused: only such a step takes the guard's go-ahead from the device, where the host
+would have to wait for it otherwise.
 """
 
 from __future__ import annotations
@@ -152,9 +154,9 @@ _SMALL = 1 << 20
 
 
 def _options(spec: Any, groups: Groups) -> dict[str, Any]:
-    """Fields as torch's keywords; ``fused=False`` is left to torch's default.
+    """Fields as torch's keywords; ``fused=False`` is left to torch's default on a CPU.
 
-    On a CPU that default is one tensor after another. For these optimizers torch's multi-tensor code
+    There that default is one tensor after another. For these optimizers torch's multi-tensor code
     gives the same bits, if not in half precision, and is up to 1.8 times as fast while the model fits into
     the cache (LABBOOK.md, 2026-11-22); beyond that it is slower.
     """
@@ -164,6 +166,8 @@ def _options(spec: Any, groups: Groups) -> dict[str, Any]:
     small &= all(p.dtype in (torch.float32, torch.float64) for p in params)
     if small and isinstance(spec, SGD | Adam | AdamW | RMSprop) and "fused" not in options:
         options["foreach"] = True
+    if isinstance(spec, SGD | Adam | AdamW) and all(p.is_cuda and p.is_floating_point() for p in params):
+        options["fused"] = True
     return options
 
 

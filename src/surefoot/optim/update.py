@@ -13,6 +13,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from surefoot.optim.direct import sgd_step
 from surefoot.optim.gradients import global_norm
+from surefoot.optim.rates import DeviceRates
 from surefoot.optim.uncompiled import bare_step
 
 _WELL_KNOWN = {
@@ -32,7 +33,8 @@ class Updater:
 
     On a CPU the go-ahead is read at once, which costs nothing, and a refused update does not call the
     optimizer at all; so it holds for any optimizer. On a GPU, optimizers with ``fused=True`` take the
-    go-ahead as a device tensor, as torch's gradient scaler gives it; for the others it is read.
+    go-ahead as a device tensor, as torch's gradient scaler gives it, and their rates, too; for the others
+    it is read. asks_device: so it is here, and an update waits for nothing.
 
     Args:
         optimizer: over parameters of `params`.
@@ -47,7 +49,7 @@ class Updater:
         self._copies = self._new_copies() if measure_every == 1 else None
         self._unmeasured = torch.tensor(torch.nan, device=self.params[0].device)
         on_device = self.params[0].device.type == "cuda"
-        self._asks_device = on_device and all(g.get("fused") for g in optimizer.param_groups)
+        self.asks_device = on_device and all(g.get("fused") for g in optimizer.param_groups)
         self._size = global_norm(self.params).item()
         groups = optimizer.param_groups
         self._largest_lr = max(float(g["lr"]) for g in groups)
@@ -56,8 +58,9 @@ class Updater:
         self.well_known &= all(g.get("eps") != 0 and abs(g.get("momentum") or 0.0) < 1 for g in groups)
         self._step = type(optimizer).step
         self._bare_step = bare_step(optimizer) if type(optimizer) in _WELL_KNOWN else None
-        if self._asks_device:
+        if self.asks_device:
             self._create_momentum()
+        self._rates = DeviceRates(optimizer) if self.asks_device else None
 
     def _create_momentum(self) -> None:
         """Zero momentum buffers before the first step: if torch's fused SGD is told to skip its first
@@ -67,7 +70,7 @@ class Updater:
             if not group.get("momentum") or not isinstance(self.optimizer, torch.optim.SGD):
                 continue
             if group["dampening"]:
-                self._asks_device = False
+                self.asks_device = False
                 return
             for p in group["params"]:
                 self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -93,27 +96,27 @@ class Updater:
         the optimizer's state too. That takes copies, so it is watched for where it can happen: see `_tame`.
         """
         self.set_rates(multiplier, base)
-        if not self._asks_device and not permitted.item():
+        if not self.asks_device and not permitted.item():
             return torch.zeros_like(self._unmeasured), permitted
-        measured = step % self._every == 0
+        measured = self.measures(step)
         undo = (
-            None if self._asks_device or self._tame(grad_norm, multiplier, heals) else _Undo(self.optimizer)
+            None if self.asks_device or self._tame(grad_norm, multiplier, heals) else _Undo(self.optimizer)
         )
         if measured or undo is not None:  # what is seldom used is not kept: it is twice the weights' size
             before, change = self._copies or self._new_copies()
             before.take(self.params)
-        if self._asks_device:
+        if self.asks_device:
             self.optimizer.found_inf = (~permitted).float()  # type: ignore[attr-defined]
         if self._bare_step is None or self._is_hooked():
             self.optimizer.step()
-        elif self._asks_device or not sgd_step(self.optimizer):
+        elif self.asks_device or not sgd_step(self.optimizer):
             self._bare_step(self.optimizer)
         if not measured and undo is None:
             return self._unmeasured, permitted
         change.take(self.params)
         moved = torch.linalg.vector_norm(change.all.sub_(before.all))
         size = torch.linalg.vector_norm(before.all)
-        if self._asks_device:
+        if self.asks_device:
             return moved / size, permitted
         self._size = size.item()
         if not math.isfinite(moved.item()) or not (undo is None or undo.state_is_finite()):
@@ -137,8 +140,21 @@ class Updater:
             or torch._C._autograd._profiler_enabled()
         )
 
+    def measures(self, step: int) -> bool:
+        """Whether `update_ratio` is measured in it."""
+        return step % self._every == 0
+
+    def write_rates(self, multiplier: float, base: Sequence[float]) -> None:
+        """On a device: what `set_rates` there multiplies, for an update that was captured."""
+        assert self._rates is not None
+        self._rates.write(multiplier, base)
+
     def set_rates(self, multiplier: float, base: Sequence[float]) -> None:
         """Sets the rates ``base[group] * multiplier``."""
+        if self._rates is not None:
+            self._rates.write(multiplier, base)
+            self._rates.set()
+            return
         for group, lr in zip(self.optimizer.param_groups, base, strict=True):
             group["lr"] = lr * multiplier
 

@@ -1,0 +1,187 @@
+"""The whole step as one CUDA graph: what `train_step` does on a GPU, captured once, and launched as one.
+
+A small step on a GPU is a hundred kernels that take a microsecond each, and ten microseconds each to be
+launched one by one. The kernels of a graph are those of eager mode, so its steps have the same bits. What
+changes from step to step lies where the graph reads it: the batch, the rates, the seed of its random
+numbers, and the limits within which the guard permits an update. All else is constant: a step in which
+something done before has a say, with a sample left out, or with a batch of a form that was not seen before,
+is left to `train_step`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from surefoot.compiled import ChangedError, Unchanged
+from surefoot.graph import CHECK_EVERY, form
+from surefoot.guard.arithmetic import Tensors
+from surefoot.guard.detect import Decision, Limits, judge
+from surefoot.keys import word
+from surefoot.measure.readings import pack
+from surefoot.train_step import Attempt, Inside, Parts, seed_generators, train_step
+from surefoot.types import Minibatch, leaves, map_leaves
+
+_MOST_FORMS = 8
+"""Forms of batches that are captured: each has its own memory for what is between its kernels."""
+
+
+class _Launch(NamedTuple):
+    """A captured step. data: what it reads as its batch. attempt: what it leaves, with `numbers` packed."""
+
+    graph: torch.cuda.CUDAGraph
+    data: list[Tensor]
+    attempt: Attempt
+
+
+class Captured:
+    """Steps of one run, captured; see `surefoot.choice` for whether that is possible.
+
+    suspects: the next step looks whether anything has changed that a graph took for constant; to be set
+    after code of others has run.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts, device = parts, parts.device
+        self.suspects = True
+        self._unchanged = Unchanged(parts.model, [parts.objective, *parts.transforms])
+        self._arithmetic = Tensors(device)
+        self._limits = torch.full((len(Limits._fields),), torch.inf, dtype=torch.float64, device=device)
+        self._was_high = torch.zeros((), dtype=torch.bool, device=device)
+        self._limits_of: Limits | None = None
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+        self._generator = torch.cuda.default_generators[device.index or 0]
+        self._draws: list[Any] = []
+        self._launches: dict[tuple[Any, ...], _Launch] = {}
+        self._launches_of: Any = None
+        self._seen: list[Any] = []
+
+    def __call__(self, batch: Minibatch, multiplier: float, *, check: bool = False) -> Attempt | None:
+        """Attempts one update; None if it is one for `train_step`: nothing was changed then.
+
+        check: looks whether anything has changed that a graph took for constant, as is done now and then.
+
+        Raises:
+            ChangedError: it has, or the step cannot be captured; nothing was changed by this step.
+        """
+        step = batch.slots.step
+        check |= self.suspects or (step + 1) % CHECK_EVERY == 0
+        if check and not self._unchanged():
+            raise ChangedError
+        self.suspects = False
+        if step == 0 or batch.weights is not None or not self._parts.guard.is_usual(step):
+            return None
+        data = leaves(batch.data)
+        launch = self._launch_of(batch, data, multiplier)
+        if launch is None:
+            return None
+        self._take_over_limits()
+        attempt = self._launched(launch, batch, data, multiplier)
+        guard = self._parts.guard
+        if guard.on:
+            guard.judge.taken(attempt.loss, attempt.grad_norm, high=self._was_high)
+        if check:  # a caller's code runs next, and may draw numbers
+            seed_generators(word(word(self._parts.draws, step), attempt.num_micro - 1), self._parts.device)
+            attempt = attempt._replace(permitted=attempt.permitted.bool())
+        return attempt
+
+    def try_out(self, batch: Minibatch) -> Attempt:
+        """Captures a step with a batch, at a rate of zero, and launches it. The same has been taken eagerly
+        before.
+        """
+        data = leaves(batch.data)
+        self._seen.append(form(batch.data, data))
+        return self._launched(self._capture(batch, 0.0), batch, data, 0.0)
+
+    def _launch_of(self, batch: Minibatch, data: list[Any], multiplier: float) -> _Launch | None:
+        """The captured step for a batch; None for one of a form that has not been taken eagerly before, so
+        that all it needs is loaded.
+        """
+        updater = self._parts.updater
+        if updater.optimizer.state is not self._launches_of:  # loading a state replaces it
+            self._launches.clear()
+            self._launches_of = updater.optimizer.state
+        like = form(batch.data, data)
+        if like not in self._seen:
+            if len(self._seen) < _MOST_FORMS:
+                self._seen.append(like)
+            return None
+        key = (like, updater.measures(batch.slots.step))
+        if key not in self._launches:
+            try:
+                self._launches[key] = self._capture(batch, multiplier)
+            except Exception as error:
+                raise ChangedError from error
+        return self._launches[key]
+
+    def _capture(self, batch: Minibatch, multiplier: float) -> _Launch:
+        parts = self._parts
+        static = batch._replace(data=map_leaves(torch.clone, batch.data))
+        parts.updater.write_rates(multiplier, parts.base_lr)
+        num_micro = -(-batch.num_rows // parts.micro)
+        while len(self._draws) < num_micro:
+            self._draws.append(self._generator.clone_state())
+        graph, own = torch.cuda.CUDAGraph(), self._generator.graphsafe_get_state()
+        for state in self._draws[:num_micro]:
+            graph.register_generator_state(state)
+        inside = Inside(self._decide, self._begin_micro)
+        try:
+            # Other threads may go on: one keeps checkpoints.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                attempt = train_step(parts, static, multiplier, inside=inside)
+                attempt = attempt._replace(packed=pack(list(attempt.numbers())))
+        except BaseException:
+            own, self._draws = own.clone_state(), []  # these count as being captured for ever
+            raise
+        finally:
+            self._generator.graphsafe_set_state(own)
+        return _Launch(graph, leaves(static.data), attempt)
+
+    def _begin_micro(self, micro: int) -> None:
+        self._generator.graphsafe_set_state(self._draws[micro])
+
+    def _decide(self, loss: Tensor, norm: Tensor) -> Decision:
+        allowed = Limits(*self._limits.unbind())
+        decision = judge(self._arithmetic, allowed, loss, norm, was_high=self._was_high)
+        self._was_high.copy_(decision.high)
+        return decision
+
+    def _take_over_limits(self) -> None:
+        """Writes what the judge allows to where a graph reads it, if that is not what it has written."""
+        guard = self._parts.guard
+        if not guard.on:
+            return
+        allowed, high = guard.judge.allowed, guard.judge.was_high
+        if allowed is not self._limits_of:
+            assert allowed is not None
+            self._limits.copy_(torch.stack(allowed))
+            self._limits_of = allowed
+        if high is not self._was_high:
+            if isinstance(high, Tensor):
+                self._was_high.copy_(high)
+            else:
+                self._was_high.fill_(high)
+
+    def _launched(
+        self, launch: _Launch, batch: Minibatch, data: list[Tensor], multiplier: float
+    ) -> Attempt:
+        parts, left = self._parts, launch.attempt
+        seed = word(parts.draws, batch.slots.step)
+        for micro in range(left.num_micro):
+            self._draws[micro].manual_seed(word(seed, micro))
+        for place, leaf in zip(launch.data, data, strict=True):
+            place.copy_(leaf)
+        parts.updater.write_rates(multiplier, parts.base_lr)
+        launch.graph.replay()
+        assert left.packed is not None
+        packed = left.packed.clone()  # the next launch writes there
+        loss, grad_norm, update_ratio, permitted, verdict, clip, *scale = packed.unbind()
+        return Attempt(
+            loss, grad_norm, update_ratio, permitted, verdict, clip, scale[0] if scale else None,
+            left.num_micro, left.trained, left.norms, packed,
+        )  # fmt: skip

@@ -1,0 +1,153 @@
+"""Whether a graph of the whole step works here: tried on the first batches, compared with `train_step`."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surefoot.captured import Captured
+from surefoot.compiled import BACKWARD_HOOKS, Unchanged, forget_failed_traces, hooked
+from surefoot.errors import SurefootError
+from surefoot.graph import Graph
+from surefoot.keys import word
+from surefoot.optim.functional import known
+from surefoot.state import RunState
+from surefoot.train_step import Parts, losses_of, pieces_of, probe, seed_generators, train_step
+from surefoot.types import Minibatch, leaves
+
+CPP_WRAPPER_UPDATES = 200_000
+ELSEWHERE = "the model draws from numpy's or Python's random numbers"
+_TOLERANCE = 1e-2
+_FIRST = 8  # batches among which one is finite
+
+
+class Trial(NamedTuple):
+    """What is tried: steps of these parts. batch: fetches that of a step. total: updates of the run."""
+
+    parts: Parts
+    state: RunState
+    batch: Callable[[int], Minibatch]
+    total: int
+
+
+def compiled_step(t: Trial) -> tuple[Graph | None, str]:
+    """The graph, if steps of it work and agree with those of `train_step`; else why it is of no use."""
+    parts, before = t.parts, t.state.snapshot().copy()
+    unchanged = Unchanged(parts.model, [parts.objective, *parts.transforms])
+    try:
+        train_step(parts, t.batch(0), 0.0)
+        if not unchanged():
+            return None, "the model, the objective or a transform changes its attributes in a step"
+        if _draws_elsewhere(parts, t.batch(0)):
+            return None, ELSEWHERE
+        for step in range(1, _FIRST):
+            batch = t.batch(step)
+            expected = probe(parts, batch)
+            if all(map(math.isfinite, expected)):
+                break
+        graph = Graph(parts, batch, cpp_wrapper=t.total >= CPP_WRAPPER_UPDATES)
+        try:
+            attempts = [graph(batch, 0.0), graph(batch, 0.0), graph(batch, 0.0, check=True)]
+        except Exception as error:
+            forget_failed_traces()
+            return None, first_line(error)
+    finally:
+        t.state.restore(before)
+    for attempt in attempts:
+        if attempt is None:
+            return None, "the first batches are not as usual"
+        found = attempt.loss.item(), attempt.grad_norm.item()
+        if not all(map(_close, expected, found)):
+            return None, _differs("compiled", found, expected)
+    return graph, ""
+
+
+def _draws_elsewhere(parts: Parts, batch: Minibatch) -> bool:
+    """Whether a forward pass draws random numbers that are not torch's, or not of its device."""
+
+    def draw() -> tuple[float, ...]:
+        of_cpu = () if parts.device.type == "cpu" else (torch.rand(()).item(),)
+        return random.random(), np.random.random(), *of_cpu
+
+    losses_of(parts, batch)
+    drawn = draw()
+    *_, last = pieces_of(parts, batch)
+    seed_generators(word(word(parts.draws, batch.slots.step), last.micro), parts.device)
+    return drawn != draw()
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, in short."""
+    cause = getattr(error, "inner_exception", None) or error  # torch wraps what happens in a compiler
+    return f"{type(cause).__name__}: {(str(cause).strip().splitlines() or ['?'])[0]}"
+
+
+def _close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=_TOLERANCE)
+
+
+def refusal(parts: Parts) -> str:
+    """Why no graph of the whole step is possible, or nothing."""
+    optimizer = parts.updater.optimizer
+    if not known(optimizer) or not parts.updater.well_known:
+        return f"optimizer {type(optimizer).__name__} is none of torch's own, or hooked into, or has no eps"
+    if parts.physical < parts.micro:
+        return "compute.micro_batch splits the recipe's micro-batches"
+    if any(p.is_complex() or p.is_sparse for p in parts.params):
+        return "the model has complex or sparse parameters"
+    if any(isinstance(m, torch.jit.ScriptModule) for m in parts.model.modules()):
+        return "the model has TorchScript in it"
+    if any(map(hooked, parts.params)):
+        return "something is hooked to a parameter's gradient"
+    if any(getattr(m, hooks) for m in parts.model.modules() for hooks in BACKWARD_HOOKS):
+        return "something is hooked to the backward pass of a module"
+    return ""
+
+
+def captured_step(t: Trial) -> tuple[Captured | None, str]:
+    """The captured step, if it works and agrees with that of `train_step`; else why it is of no use."""
+    parts = t.parts
+    if not parts.updater.asks_device:
+        return None, f"optimizer {type(parts.updater.optimizer).__name__} is none that torch fuses"
+    if parts.physical < parts.micro:
+        return None, "compute.micro_batch splits the recipe's micro-batches"
+    if not all(isinstance(leaf, Tensor) for leaf in leaves(t.batch(0).data)):
+        return None, "batches hold more than tensors"
+    before, mode = t.state.snapshot().copy(), torch.cuda.get_sync_debug_mode()
+    unchanged = Unchanged(parts.model, [parts.objective, *parts.transforms])
+    batch = t.batch(1 if t.total > 1 else 0)
+    try:
+        train_step(parts, t.batch(0), 0.0)
+        if not unchanged():
+            return None, "the model, the objective or a transform changes its attributes in a step"
+        if _draws_elsewhere(parts, t.batch(0)):
+            return None, f"{ELSEWHERE}, or from those of the CPU"
+        torch.cuda.set_sync_debug_mode("error")  # which says so without breaking a capture
+        train_step(parts, batch, 0.0)
+        torch.cuda.set_sync_debug_mode(mode)
+        expected = probe(parts, batch)
+        graph = Captured(parts)
+        found = [graph.try_out(batch) for _ in range(2)]
+    except SurefootError:
+        raise
+    except Exception as error:
+        return None, first_line(error)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+        t.state.restore(before)
+    for attempt in found:
+        numbers = attempt.loss.item(), attempt.grad_norm.item()
+        if all(map(math.isfinite, expected)) and not all(map(_close, expected, numbers)):
+            return None, _differs("captured", numbers, expected)
+    return graph, ""
+
+
+def _differs(how: str, found: tuple[float, float], expected: tuple[float, float]) -> str:
+    numbers = "loss {:.6g} and gradient norm {:.6g}".format
+    return f"a {how} step has {numbers(*found)}, an eager one {numbers(*expected)}"

@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py [--workloads mlp cnn gpt2] [--turns 5] [--out benchmarks/results/gpu.json]
 
-Contenders take turns in one process, with a synchronisation at the end of each turn; medians, and medians of
-the ratios of neighbouring turns:
+Contenders take turns in one process, with a synchronisation at the end of each turn; medians, and medians
+of the ratios of neighbouring turns:
 
 * ``loop``: what people write: ``DataLoader(TensorDataset, shuffle=True)``, each batch moved to the GPU,
   ``zero_grad``, ``backward``, ``clip_grad_norm_``, ``step``, ``scheduler.step``, ``loss.item()``;
@@ -11,10 +11,11 @@ the ratios of neighbouring turns:
 * ``surefoot``: `surefoot.fit` at its defaults: shuffled, a row per step, guard, ledger, its step captured;
 * ``surefoot-eager``: the same with ``compute.compile = off``.
 
-GPT-2 (124 M parameters, context 1024, batch 16, bf16) is compiled: ``compiled`` is a hand-written loop around
-a compiled forward pass and loss, with batches that lie on the GPU; ``surefoot-compiled`` has ``compute.compile =
-on``. Model flops utilisation counts 6 operations per parameter and token, and 12 per layer, token, context and
-width for attention (Chowdhery et al. 2022), against the 989 TFLOP/s of an H100 or H200 in bf16.
+GPT-2 (124 M parameters, context 1024, batch 16, bf16) is compiled: ``compiled`` is a hand-written loop
+around a compiled forward pass and loss, with batches that lie on the GPU; ``surefoot-compiled`` has
+``compute.compile = on``. Model flops utilisation counts 6 operations per parameter and token, and 12 per
+layer, token, context and width for attention (Chowdhery et al. 2022), against the 989 TFLOP/s of an H100 or
+H200 in bf16.
 
 A benchmark is never a test: it prints and stores numbers, and passes or fails nothing.
 """
@@ -26,7 +27,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,7 @@ def surefoot(recipe: sf.Recipe, compiled: str) -> Iterator[None]:
         built = build(recipe, RunFolder(f"{folder}/run"), operations)
         print(*built.notes, sep="\n", flush=True)
         yield from by_update(run_steps(built))
+        raise AssertionError(f"the run ended: {sf.open_run(f'{folder}/run').events()[-3:]}")
 
 
 class GPT2(nn.Module):
@@ -163,8 +165,8 @@ class GPT2(nn.Module):
         return logits
 
 
-def losses_of(model: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
-    tokens, targets = batch
+def losses_of(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+    tokens, targets = data
     each = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="none")
     return each.view(targets.shape).mean(1)
 
@@ -212,7 +214,7 @@ def compiled_by_hand(data: tuple[Tensor, Tensor]) -> Iterator[None]:
     while True:
         for tokens, targets in batches:
             optimizer.zero_grad()
-            forward(tokens, targets).backward()  # type: ignore[no-untyped-call]
+            forward(tokens, targets).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()

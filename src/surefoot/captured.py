@@ -29,11 +29,14 @@ _MOST_FORMS = 8
 
 
 class _Launch(NamedTuple):
-    """A captured step. data: what it reads as its batch. attempt: what it leaves, with `numbers` packed."""
+    """A captured step. data: what it reads as its batch. attempt, grads: what it leaves; the former with
+    its `numbers` packed.
+    """
 
     graph: torch.cuda.CUDAGraph
     data: list[Tensor]
     attempt: Attempt
+    grads: list[Tensor | None]
 
 
 class Captured:
@@ -52,7 +55,7 @@ class Captured:
         self._was_high = torch.zeros((), dtype=torch.bool, device=device)
         self._limits_of: Limits | None = None
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
         self._generator = torch.cuda.default_generators[device.index or 0]
         self._draws: list[Any] = []
         self._launches: dict[tuple[Any, ...], _Launch] = {}
@@ -83,18 +86,21 @@ class Captured:
         guard = self._parts.guard
         if guard.on:
             guard.judge.taken(attempt.loss, attempt.grad_norm, high=self._was_high)
-        if check:  # a caller's code runs next, and may draw numbers
+        if check:  # a caller's code runs next, and may draw numbers and look at gradients
+            for param, grad in zip(attempt.trained, launch.grads, strict=True):
+                param.grad = grad
             seed_generators(word(word(self._parts.draws, step), attempt.num_micro - 1), self._parts.device)
             attempt = attempt._replace(permitted=attempt.permitted.bool())
         return attempt
 
-    def try_out(self, batch: Minibatch) -> Attempt:
-        """Captures a step with a batch, at a rate of zero, and launches it. The same has been taken eagerly
-        before.
+    def try_out(self, batch: Minibatch) -> list[Attempt]:
+        """Captures a step with a batch, at a rate of zero, and launches it twice. The same has been taken
+        eagerly before.
         """
         data = leaves(batch.data)
         self._seen.append(form(batch.data, data))
-        return self._launched(self._capture(batch, 0.0), batch, data, 0.0)
+        launch = self._capture(batch, 0.0)
+        return [self._launched(launch, batch, data, 0.0) for _ in range(2)]
 
     def _launch_of(self, batch: Minibatch, data: list[Any], multiplier: float) -> _Launch | None:
         """The captured step for a batch; None for one of a form that has not been taken eagerly before, so
@@ -103,6 +109,7 @@ class Captured:
         updater = self._parts.updater
         if updater.optimizer.state is not self._launches_of:  # loading a state replaces it
             self._launches.clear()
+            self._pool = None  # it is no one's now, and torch takes no such pool again
             self._launches_of = updater.optimizer.state
         like = form(batch.data, data)
         if like not in self._seen:
@@ -124,23 +131,25 @@ class Captured:
         num_micro = -(-batch.num_rows // parts.micro)
         while len(self._draws) < num_micro:
             self._draws.append(self._generator.clone_state())
+        pool = self._pool or torch.cuda.graph_pool_handle()
         graph, own = torch.cuda.CUDAGraph(), self._generator.graphsafe_get_state()
+        stream = torch.cuda.current_stream(parts.device)
         for state in self._draws[:num_micro]:
             graph.register_generator_state(state)
         inside = Inside(self._decide, self._begin_micro)
         try:
             # Other threads may go on: one keeps checkpoints.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 attempt = train_step(parts, static, multiplier, inside=inside)
                 attempt = attempt._replace(packed=pack(list(attempt.numbers())))
         except BaseException:
+            torch.cuda.set_stream(stream)
             own, self._draws = own.clone_state(), []  # these count as being captured for ever
             raise
         finally:
             self._generator.graphsafe_set_state(own)
-        return _Launch(graph, leaves(static.data), attempt)
+        self._pool = pool
+        return _Launch(graph, leaves(static.data), attempt, [p.grad for p in attempt.trained])
 
     def _begin_micro(self, micro: int) -> None:
         self._generator.graphsafe_set_state(self._draws[micro])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -119,7 +121,7 @@ def captured_step(t: Trial) -> tuple[Captured | None, str]:
         return None, "compute.micro_batch splits the recipe's micro-batches"
     if not all(isinstance(leaf, Tensor) for leaf in leaves(t.batch(0).data)):
         return None, "batches hold more than tensors"
-    before, mode = t.state.snapshot().copy(), torch.cuda.get_sync_debug_mode()
+    before = t.state.snapshot().copy()
     unchanged = Unchanged(parts.model, [parts.objective, *parts.transforms])
     batch = t.batch(1 if t.total > 1 else 0)
     try:
@@ -128,9 +130,8 @@ def captured_step(t: Trial) -> tuple[Captured | None, str]:
             return None, "the model, the objective or a transform changes its attributes in a step"
         if _draws_elsewhere(parts, t.batch(0)):
             return None, f"{ELSEWHERE}, or from those of the CPU"
-        torch.cuda.set_sync_debug_mode("error")  # which says so without breaking a capture
-        train_step(parts, batch, 0.0)
-        torch.cuda.set_sync_debug_mode(mode)
+        with _waiting_is_an_error():  # which a capture that waits is, too, but leaves broken
+            train_step(parts, batch, 0.0)
         expected = probe(parts, batch)
         graph = Captured(parts)
         found = graph.try_out(batch)
@@ -139,13 +140,25 @@ def captured_step(t: Trial) -> tuple[Captured | None, str]:
     except Exception as error:
         return None, first_line(error)
     finally:
-        torch.cuda.set_sync_debug_mode(mode)
         t.state.restore(before)
     for attempt in found:
         numbers = attempt.loss.item(), attempt.grad_norm.item()
         if all(map(math.isfinite, expected)) and not all(map(_close, expected, numbers)):
             return None, _differs("captured", numbers, expected)
     return graph, ""
+
+
+@contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    """Within it, torch refuses what makes the host wait for the GPU."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
 
 
 def _differs(how: str, found: tuple[float, float], expected: tuple[float, float]) -> str:

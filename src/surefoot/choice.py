@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from types import FunctionType
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from surefoot.captured import Captured
-from surefoot.compiled import forget_failed_traces
+from surefoot.compiled import forget_failed_traces, with_own_code
 from surefoot.errors import OperationsError, SurefootError
-from surefoot.graph import Graph
+from surefoot.graph import Graph, form
 from surefoot.protocols import Objective
-from surefoot.train_step import losses_of, probe
+from surefoot.train_step import losses_of, pieces_of, probe
 from surefoot.trials import (
     ELSEWHERE,
     Trial,
@@ -129,15 +130,27 @@ def _on_gpu(q: Question) -> Choice:
 
 
 def _forward(q: Question, why: str) -> Choice:
-    """Forward pass and losses alone, if a batch goes through, and back."""
+    """Forward pass and losses alone, if a batch goes through, and back. Batches of another form than the
+    first are left to the objective: torch compiles for eight, counted from where a run goes on.
+    """
+    eager, batch = q.trial.parts.objective, q.trial.batch(0)
+    usual = {form(piece.data, leaves(piece.data)) for piece in pieces_of(q.trial.parts, batch)}
 
     def forward(model: nn.Module, data: Tree) -> Tensor | tuple[Tensor, Tensor]:
-        return q.trial.parts.objective(model, data)
+        return eager(model, data)
 
     options: Any = {"fallback_random": True}  # the masks that eager mode draws
-    objective: Objective = torch.compile(forward, dynamic=False, options=options)
+    compiled: Any = torch.compile(
+        with_own_code(cast(FunctionType, forward)), dynamic=False, options=options
+    )
+
+    def objective(model: nn.Module, data: Tree) -> Tensor | tuple[Tensor, Tensor]:
+        found: Tensor | tuple[Tensor, Tensor]
+        found = (compiled if form(data, leaves(data)) in usual else eager)(model, data)
+        return found
+
     try:
-        probe(replace(q.trial.parts, objective=objective), q.trial.batch(0))
+        probe(replace(q.trial.parts, objective=objective), batch)
     except SurefootError:
         raise
     except Exception as error:

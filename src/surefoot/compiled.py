@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -39,17 +39,22 @@ class Compiled:
             "cpp_wrapper": cpp_wrapper,
         }
         self._kernels: Callable[[list[Any]], Sequence[Tensor]] | None = None
-        self._taken: list[Any] | None = None
+        self._taken: list[list[Any]] = []  # what the kernels were first called with
         self._fixed: list[Any] | None = None
         self._arguments: list[Any] = []
         self._moves: list[tuple[int, int]] = []
         self._num_traced = 0
         _made.add(self)
-        # A code object of its own: torch keeps there what it compiles, and not more than eight times; a
-        # process may make more runs than that.
         function, owner = method.__func__, method.__self__  # type: ignore[attr-defined]
-        own = MethodType(FunctionType(function.__code__.replace(), function.__globals__), owner)
-        self._through_torch = torch.compile(own, fullgraph=True, dynamic=False, backend=self._backend)
+        this = ref(self)  # torch keeps all backends for ever
+
+        def backend(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+            compiled = this()
+            assert compiled is not None
+            return compiled._backend(graph, examples)
+
+        own = MethodType(with_own_code(function), owner)
+        self._through_torch = torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
 
     def __call__(
         self,
@@ -100,12 +105,12 @@ class Compiled:
 
     def _learn(self, fixed: list[Any], moving: Sequence[Any]) -> None:
         """Which of the arguments the kernels take where."""
-        assert self._taken is not None
+        (taken,), self._taken[:] = self._taken, [[]]
         places = {id(a): i for i, a in enumerate(moving)}
-        self._moves = [(i, places[id(t)]) for i, t in enumerate(self._taken) if id(t) in places]
+        self._moves = [(i, places[id(t)]) for i, t in enumerate(taken) if id(t) in places]
         moved = {i for i, _ in self._moves}
-        self._arguments = [None if i in moved else t for i, t in enumerate(self._taken)]
-        self._taken, self._fixed = [], fixed
+        self._arguments = [None if i in moved else t for i, t in enumerate(taken)]
+        self._fixed = fixed
 
     def _backend(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         self._num_traced += 1
@@ -116,11 +121,11 @@ class Compiled:
 
         def compile_kernels(*of: Any, **options: Any) -> Any:
             code: Any = compile_fx_inner(*of, **options)
-            kernels = code.current_callable
+            kernels, found = code.current_callable, self._taken
 
             def first(taken: list[Any]) -> Any:
-                if self._taken is None:
-                    self._taken = list(taken)
+                if not found:
+                    found.append(list(taken))
                 return kernels(taken)
 
             self._kernels, code.current_callable = kernels, first
@@ -129,6 +134,14 @@ class Compiled:
         with config.patch(enable_autograd_cache=False):  # which would keep `compile_kernels` out
             made: Any = compile_fx(graph, examples, compile_kernels, config_patches=self._options)
         return made  # type: ignore[no-any-return]
+
+
+def with_own_code(function: FunctionType) -> FunctionType:
+    """The same function with a code object of its own: torch keeps there what it compiles, not more than
+    eight times, and then goes on eagerly; a process may make more runs than that.
+    """
+    code, names = function.__code__.replace(), function.__globals__
+    return FunctionType(code, names, function.__name__, function.__defaults__, function.__closure__)
 
 
 @contextmanager

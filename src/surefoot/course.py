@@ -28,8 +28,8 @@ from surefoot.data.plan import Cadence
 from surefoot.errors import RecipeError
 from surefoot.graph import Graph
 from surefoot.guard.detect import FINE, GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE, SAT_OUT
-from surefoot.guard.guard import Stop
 from surefoot.guard.review import Alarm
+from surefoot.guard.stop import Stop
 from surefoot.heal import EVERY, Healer, Row, StopAskedError, same_row
 from surefoot.measure.evaluate import Evaluation
 from surefoot.measure.profile import phase

@@ -27,9 +27,9 @@ from surefoot.checkpoint.store import DirectoryStore
 from surefoot.data.feed import Feed
 from surefoot.data.holes import leave_out
 from surefoot.errors import StateError
-from surefoot.guard.guard import Stop
 from surefoot.guard.history import History, Intervention
 from surefoot.guard.review import Alarm
+from surefoot.guard.stop import Stop
 from surefoot.optim.schedules import Resolved
 from surefoot.state import RunState
 from surefoot.train_step import Parts, losses_of, probe

@@ -32,9 +32,9 @@ from surefoot.course import (
 )
 from surefoot.errors import StateError, SurefootError, failure_class
 from surefoot.graph import Graph
-from surefoot.guard.guard import Stop
 from surefoot.guard.hang import HangWatch
 from surefoot.guard.review import Alarm
+from surefoot.guard.stop import Stop
 from surefoot.heal import EVERY, SELDOM, Row, StopAskedError
 from surefoot.keep import Keeper
 from surefoot.measure.profile import Profile, phase

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from surefoot.errors import RecipeError
-from surefoot.guard.detect import FINE, LOSS_SPIKE, NOT_FINITE, SAT_OUT, Decision
+from surefoot.guard.detect import FINE, NOT_FINITE, SAT_OUT, Decision
 from surefoot.guard.history import History
 from surefoot.guard.judge import CALM, Judge
 from surefoot.guard.layers import Layers
 from surefoot.guard.review import Alarm, Review
+from surefoot.guard.stop import Stop, refused_for_good
 from surefoot.types import check_fields
 
 
@@ -59,35 +60,12 @@ class Guard:
         return Watch(self, device)
 
 
-class Stop(NamedTuple):
-    """A verdict of the review: end the run, and why."""
-
-    reason: str
-    fix: str
-
-
 class Permit(NamedTuple):
     """permitted: bool, 0-d, on the device. verdict, clip: see `Decision`; numbers on a CPU, else 0-d."""
 
     permitted: Tensor
     verdict: float | Tensor
     clip: float | Tensor
-
-
-def _refused_for_good(num: int, step: int, verdict: int) -> Stop:
-    told = f"{num} updates in a row were refused, up to step {step}: "
-    if verdict in (NOT_FINITE, FINE):  # fine in itself, or nobody looked; but not what came of it
-        return Stop(
-            told + "loss, gradient or update is not finite whatever the batch.",
-            "Lower the learning rate, clip the gradient (clip_norm), or look for values in the data that "
-            "are not finite.",
-        )
-    what = "loss" if verdict == LOSS_SPIKE else "gradient"
-    return Stop(
-        told + f"the {what} stays far above what was usual before.",
-        'Look at what came into the data there, and at the rate; or Guard("watch"), if it is meant '
-        "to be so.",
-    )
 
 
 _ANY = 1 << 30
@@ -240,7 +218,7 @@ class Watch:
         if verdict != SAT_OUT:
             self.num_refused_in_a_row = 0 if permitted else self.num_refused_in_a_row + 1
         if self.num_refused_in_a_row >= self.rules.max_refused_in_a_row:
-            return _refused_for_good(self.num_refused_in_a_row, step, verdict)
+            return refused_for_good(self.num_refused_in_a_row, step, verdict)
         if not self.on:
             return None
         bears = bool(self.history.interventions) and self.history.bears(step)

@@ -1,0 +1,31 @@
+"""That a run is to end."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from surefoot.guard.detect import FINE, LOSS_SPIKE, NOT_FINITE
+
+
+class Stop(NamedTuple):
+    """A verdict of the review: end the run, and why."""
+
+    reason: str
+    fix: str
+
+
+def refused_for_good(num: int, step: int, verdict: int) -> Stop:
+    """After so many refused updates in a row, up to a step. verdict: on the last."""
+    told = f"{num} updates in a row were refused, up to step {step}: "
+    if verdict in (NOT_FINITE, FINE):  # fine in itself, or nobody looked; but not what came of it
+        return Stop(
+            told + "loss, gradient or update is not finite whatever the batch.",
+            "Lower the learning rate, clip the gradient (clip_norm), or look for values in the data that "
+            "are not finite.",
+        )
+    what = "loss" if verdict == LOSS_SPIKE else "gradient"
+    return Stop(
+        told + f"the {what} stays far above what was usual before.",
+        'Look at what came into the data there, and at the rate; or Guard("watch"), if it is meant '
+        "to be so.",
+    )

@@ -9,6 +9,7 @@ from torch import nn
 import surefoot as sf
 from surefoot.build import build
 from surefoot.record.folder import RunFolder
+from surefoot.tune.compute import tune_compute
 
 pytestmark = [
     pytest.mark.gpu,
@@ -201,7 +202,7 @@ class Counts(nn.Module):
         ({"model": Waits}, "synchronizing"),
         ({"model": DrawsOnTheHost}, "or from those of the CPU"),
         ({"model": Counts}, "changes its attributes in a step"),
-        ({"model": make, "optimizer": sf.RMSprop(lr=0.01)}, "is none that torch fuses"),
+        ({"model": make, "optimizer": sf.RMSprop(lr=0.01)}, "cannot take the guard's go-ahead"),
     ],
     ids=["waits", "draws", "counts", "optimizer"],
 )
@@ -260,3 +261,58 @@ def test_replay_from_the_command_line(tmp_path):
     replayed = surefoot("replay", tmp_path / "run", "--step", "200", fresh=True)
     assert replayed.returncode == 0, replayed.stderr
     assert "reproduced" in replayed.stdout
+
+
+class Remembers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.seen = make(), []
+
+    def forward(self, x):
+        self.seen.append(x.shape)
+        return self.net(x)
+
+
+def noted(groups):
+    optimizer = torch.optim.SGD(groups, lr=0.1, fused=True)
+    optimizer.register_step_post_hook(lambda *_: None)
+    return optimizer
+
+
+def followed():
+    model = make()
+    model[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": Remembers}, "changes its attributes in a step"),
+        ({"model": make, "optimizer": noted}, "hooked to the step of optimizer SGD"),
+        ({"model": followed}, "hooked to the model"),
+    ],
+    ids=["remembers", "optimizer", "model"],
+)
+def test_python_that_a_launch_would_not_run_is_run(tmp_path, changes, says):
+    built = build(recipe(until="12ep", **changes), RunFolder(tmp_path / "run"), sf.Operations())
+    (note,) = built.notes
+    assert says in note
+
+
+def test_tuning_measures_captured_steps():
+    tuned = tune_compute(recipe(model=make, until="20ep"), sf.Operations())
+    assert [one.settings["compute.compile"] for one in tuned.tried] == ["auto", "on"]
+    assert not any(one.why_not for one in tuned.tried)
+
+
+def test_compiled_and_captured(tmp_path):
+    changed = recipe(model=make, until="12ep")
+    operations = sf.Operations(compute={"compile": "on"})
+    built = build(changed, RunFolder(tmp_path / "notes"), operations)
+    assert built.notes[0].startswith("compiled: forward pass and losses; captured: ")
+    whole = sf.fit(changed, out=tmp_path / "whole", operations=operations)
+    for outcome in sf.steps(changed, out=tmp_path / "parts", operations=operations):
+        if outcome.step == 70:
+            break
+    assert sf.fit(changed, out=tmp_path / "parts").digest == whole.digest

@@ -29,14 +29,11 @@ _MOST_FORMS = 8
 
 
 class _Launch(NamedTuple):
-    """A captured step. data: what it reads as its batch. attempt, grads: what it leaves; the former with
-    its `numbers` packed.
-    """
+    """A captured step. data: what it reads as its batch. attempt: what it leaves, with `numbers` packed."""
 
     graph: torch.cuda.CUDAGraph
     data: list[Tensor]
     attempt: Attempt
-    grads: list[Tensor | None]
 
 
 class Captured:
@@ -48,7 +45,7 @@ class Captured:
 
     def __init__(self, parts: Parts) -> None:
         self._parts, device = parts, parts.device
-        self.suspects = True
+        self.suspects = self._has_grads = True
         self._unchanged = Unchanged(parts.model, [parts.objective, *parts.transforms])
         self._arithmetic = Tensors(device)
         self._limits = torch.full((len(Limits._fields),), torch.inf, dtype=torch.float64, device=device)
@@ -72,26 +69,32 @@ class Captured:
         """
         step = batch.slots.step
         check |= self.suspects or (step + 1) % CHECK_EVERY == 0
-        if check and not self._unchanged():
+        if check and (not self._unchanged() or self._parts.updater.is_hooked()):
             raise ChangedError
         self.suspects = False
-        if step == 0 or batch.weights is not None or not self._parts.guard.is_usual(step):
-            return None
-        data = leaves(batch.data)
-        launch = self._launch_of(batch, data, multiplier)
+        data, launch = leaves(batch.data), None
+        if step > 0 and batch.weights is None and self._parts.guard.is_usual(step):
+            launch = self._launch_of(batch, data, multiplier)
         if launch is None:
+            self._has_grads = True
             return None
+        self._drop_grads()
         self._take_over_limits()
         attempt = self._launched(launch, batch, data, multiplier)
         guard = self._parts.guard
         if guard.on:
             guard.judge.taken(attempt.loss, attempt.grad_norm, high=self._was_high)
-        if check:  # a caller's code runs next, and may draw numbers and look at gradients
-            for param, grad in zip(attempt.trained, launch.grads, strict=True):
-                param.grad = grad
+        if check:  # a caller's code runs next, and may draw numbers
             seed_generators(word(word(self._parts.draws, step), attempt.num_micro - 1), self._parts.device)
             attempt = attempt._replace(permitted=attempt.permitted.bool())
         return attempt
+
+    def _drop_grads(self) -> None:
+        """Those of an eager step, or of a capture: they are no later step's."""
+        if self._has_grads:
+            for p in self._parts.params:
+                p.grad = None
+            self._has_grads = False
 
     def try_out(self, batch: Minibatch) -> list[Attempt]:
         """Captures a step with a batch, at a rate of zero, and launches it twice. The same has been taken
@@ -149,7 +152,8 @@ class Captured:
         finally:
             self._generator.graphsafe_set_state(own)
         self._pool = pool
-        return _Launch(graph, leaves(static.data), attempt, [p.grad for p in attempt.trained])
+        self._has_grads = True
+        return _Launch(graph, leaves(static.data), attempt)
 
     def _begin_micro(self, micro: int) -> None:
         self._generator.graphsafe_set_state(self._draws[micro])

@@ -79,10 +79,12 @@ def choose(q: Question) -> Choice:
     Raises:
         OperationsError: the run was compiled as a whole, or is to be compiled, which is not possible here.
     """
-    if q.asked == "off" or (q.asked == "auto" and q.kept == ""):
+    if q.asked == "off":
         return Choice("", "")
     if q.trial.parts.device.type == "cuda":
         return _on_gpu(q)
+    if q.asked == "auto" and q.kept in ("", "captured"):
+        return Choice("", "")
     if q.asked == "auto" and q.kept == "forward":
         return _forward(q, "as the run began")
     if q.asked == "auto" and q.kept is None:

@@ -8,6 +8,7 @@ then, and what is likely to change is looked at here, each time.
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType, MethodType
@@ -169,18 +170,21 @@ def forget_failed_traces() -> None:
 
 class Unchanged:
     """Whether a model, and other objects, are what they were: their attributes (plain ones by value, others
-    by identity), the tensors of the model, and hooks on it.
+    by identity, and by length if they are collections), the tensors of the model, and hooks on it.
     """
 
     def __init__(self, model: nn.Module, others: Iterable[object]) -> None:
         modules = list(model.modules())
-        holders = [vars(m) for m in modules] + [vars(o) for o in others if hasattr(o, "__dict__")]
+        holders: list[dict[str, Any]] = [vars(m) for m in modules] + [
+            vars(o) for o in others if hasattr(o, "__dict__")
+        ]
         plain = (bool, int, float, str, type(None))
         self._plain = [(h, name) for h in holders for name, value in h.items() if type(value) in plain]
         self._other = [(h, name) for h in holders for name, value in h.items() if type(value) not in plain]
         self._other += [(m._parameters, name) for m in modules for name in m._parameters]
         self._other += [(m._buffers, name) for m in modules for name in m._buffers]
-        self._holders = [*holders, *(hooks for m in modules for hooks in _hooks(m))]
+        kinds = (list, dict, set, deque)  # hooks are in such, too
+        self._holders = [*holders, *(v for h in holders for v in h.values() if isinstance(v, kinds))]
         self._params = list(model.parameters())
         self._before = self._now()
 
@@ -202,8 +206,5 @@ def hooked(param: Tensor) -> bool:
     return bool(param._backward_hooks or param._post_accumulate_grad_hooks)
 
 
-def _hooks(module: nn.Module) -> list[dict[Any, Any]]:
-    return [getattr(module, name) for name in ("_forward_hooks", "_forward_pre_hooks", *BACKWARD_HOOKS)]
-
-
 BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", *BACKWARD_HOOKS)

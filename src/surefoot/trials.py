@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from surefoot.captured import Captured
-from surefoot.compiled import BACKWARD_HOOKS, Unchanged, forget_failed_traces, hooked
+from surefoot.compiled import BACKWARD_HOOKS, HOOKS, Unchanged, forget_failed_traces, hooked
 from surefoot.errors import SurefootError
 from surefoot.graph import Graph
 from surefoot.keys import word
@@ -115,8 +115,18 @@ def refusal(parts: Parts) -> str:
 def captured_step(t: Trial) -> tuple[Captured | None, str]:
     """The captured step, if it works and agrees with that of `train_step`; else why it is of no use."""
     parts = t.parts
+    name = type(parts.updater.optimizer).__name__
     if not parts.updater.asks_device:
-        return None, f"optimizer {type(parts.updater.optimizer).__name__} is none that torch fuses"
+        return (
+            None,
+            f"optimizer {name}'s step cannot take the guard's go-ahead from the GPU, as fused ones do",
+        )
+    if parts.updater.is_hooked():
+        return None, f"something is hooked to the step of optimizer {name}"
+    if any(getattr(m, hooks) for m in parts.model.modules() for hooks in HOOKS) or any(
+        map(hooked, parts.params)
+    ):
+        return None, "something is hooked to the model"
     if parts.physical < parts.micro:
         return None, "compute.micro_batch splits the recipe's micro-batches"
     if not all(isinstance(leaf, Tensor) for leaf in leaves(t.batch(0).data)):

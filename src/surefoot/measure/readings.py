@@ -34,11 +34,11 @@ class Readings(Generic[T]):
         if self.lag == 0:
             return ((label, [float(number) for number in numbers]),)
         packed = numbers if isinstance(numbers, Tensor) else pack(numbers)
-        arrived = None
+        device, arrived = packed.device, None
         if self._cuda:
             packed = packed.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record()
+            arrived.record(torch.cuda.current_stream(device))
         self._queue.append((label, packed, arrived))
         return self._read(leave=self.lag)
 

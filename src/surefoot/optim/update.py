@@ -107,7 +107,8 @@ class Updater:
             before.take(self.params)
         if self.asks_device:
             self.optimizer.found_inf = (~permitted).float()  # type: ignore[attr-defined]
-        if self._bare_step is None or self._is_hooked():
+        seen = torch._C._autograd._profiler_enabled()  # which is told of it
+        if self._bare_step is None or seen or self.is_hooked():
             self.optimizer.step()
         elif self.asks_device or not sgd_step(self.optimizer):
             self._bare_step(self.optimizer)
@@ -126,9 +127,9 @@ class Updater:
             return torch.zeros_like(self._unmeasured), ~permitted
         return moved / size, permitted
 
-    def _is_hooked(self) -> bool:
-        """Whether somebody is to be told of a step: by a hook, which the caller may add at any time, a
-        wrapper, or torch's profiler.
+    def is_hooked(self) -> bool:
+        """Whether somebody is to be told of a step: by a hook, which the caller may add at any time, or a
+        wrapper.
         """
         return bool(
             self.optimizer._optimizer_step_pre_hooks
@@ -137,7 +138,6 @@ class Updater:
             or _global_optimizer_post_hooks
             or "step" in vars(self.optimizer)
             or type(self.optimizer).step is not self._step
-            or torch._C._autograd._profiler_enabled()
         )
 
     def measures(self, step: int) -> bool:

@@ -563,6 +563,18 @@ class Assigned(nn.Module):
         return out - self.mean
 
 
+class Remembering(nn.Module):
+    """Keeps something of each batch in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.means = nn.Linear(8, 3), []
+
+    def forward(self, x):
+        self.means.append(float(x.detach().mean()))
+        return self.layer(x) - self.means[-1]
+
+
 class Noisy(nn.Module):
     def __init__(self):
         super().__init__()
@@ -580,7 +592,7 @@ def hooked():
     return model
 
 
-@pytest.mark.parametrize("model", [Sized, Assigned, Noisy, hooked])
+@pytest.mark.parametrize("model", [Sized, Assigned, Remembering, Noisy, hooked])
 def test_a_model_that_a_graph_would_get_wrong_is_refused(model, tmp_path):
     changed = recipe(model=model, data=sf.Arrays(*blobs(195, classes=3)))
     eager, _ = run(changed, tmp_path / "eager", EAGER)

@@ -16,8 +16,8 @@ either (``compute.deterministic = false``).
 
 GPT-2 (124 M parameters, context 1024, batch 8, bf16) has blocks and a loss that torch compiles:
 ``compiled`` is a loop by hand around it, with batches that lie on the GPU and a fused optimizer. Model
-flops utilisation counts 6 operations per parameter and token, and 12 per layer, token, context and width for
-attention (Chowdhery et al. 2022), against the 989 TFLOP/s of an H100 or H200 in bf16.
+flops utilisation counts 6 operations per parameter and token, and 12 per layer, token, context and width
+for attention (Chowdhery et al. 2022), against the 989 TFLOP/s of an H100 or H200 in bf16.
 
 A benchmark is never a test: it prints and stores numbers, and passes or fails nothing.
 """

@@ -13,7 +13,7 @@ SOURCE = ROOT / "src/surefoot"
 PARTS = {"data", "optim", "checkpoint", "guard", "record", "parallel", "measure"}
 LEVELS = [
     {"errors"},
-    {"keys", "types", "durable", "compiled"},
+    {"keys", "types", "durable", "compiled", "unchanged"},
     {"protocols"},
     PARTS,
     {"state"},

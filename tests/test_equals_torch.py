@@ -21,6 +21,7 @@ from surefoot.optim.gradients import global_norm
 from surefoot.optim.precision import Precision
 from surefoot.optim.specs import build_optimizer
 from surefoot.optim.uncompiled import without_compiler
+from surefoot.prepare import prepare
 
 UPDATES = 200
 CASES = {
@@ -501,3 +502,15 @@ def test_a_parameter_in_the_place_of_another_is_told(tmp_path):
 
     with pytest.raises(sf.StateError, match="no longer the model's"):
         replaces()
+
+
+@pytest.mark.parametrize("spec", [sf.AdamW(lr=0.01), sf.SGD(lr=0.1, momentum=0.9)])
+def test_which_kernels_is_of_the_device_and_not_of_the_state(spec):
+    """A run that went on on a GPU, where these are fused, goes on on a CPU as torch would there."""
+    made, again = (prepare(recipe(optimizer=spec), sf.Operations()) for _ in range(2))
+    group = made.state.optimizer.param_groups[0]
+    here = {name: group[name] for name in ("fused", "foreach", "capturable") if name in group}
+    group |= {"fused": True, "foreach": False} | ({"capturable": True} if "capturable" in group else {})
+    again.state.restore(made.state.snapshot().copy())
+    restored = again.state.optimizer.param_groups[0]
+    assert {name: restored[name] for name in here} == here

@@ -1,14 +1,23 @@
 """What only a GPU can show. Marked `gpu`: run where torch sees one."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import blobs, recipe, surefoot
+from test_many_compiled import Lengths, Pooled
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import surefoot as sf
+from surefoot.api import run_steps
 from surefoot.build import build
+from surefoot.captured import Captured
+from surefoot.prepare import prepare
 from surefoot.record.folder import RunFolder
+from surefoot.train_step import train_step
 from surefoot.tune.compute import tune_compute
 
 pytestmark = [
@@ -199,7 +208,7 @@ class Counts(nn.Module):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model": Waits}, "synchronizing"),
+        ({"model": Waits}, "waits for the GPU"),
         ({"model": DrawsOnTheHost}, "or from those of the CPU"),
         ({"model": Counts}, "changes its attributes in a step"),
         ({"model": make, "optimizer": sf.RMSprop(lr=0.01)}, "cannot take the guard's go-ahead"),
@@ -316,3 +325,130 @@ def test_compiled_and_captured(tmp_path):
         if outcome.step == 70:
             break
     assert sf.fit(changed, out=tmp_path / "parts").digest == whole.digest
+
+
+def test_a_run_begun_on_a_cpu_goes_on_on_a_gpu_and_back(tmp_path):
+    changed = recipe(model=make, optimizer=sf.AdamW(lr=0.01), until="20ep")
+    on = {device: sf.Operations(device=device) for device in ("cpu", "cuda")}
+    for device, stop in (("cpu", 20), ("cuda", 90), ("cpu", 120)):
+        for outcome in sf.steps(changed, out=tmp_path, operations=on[device]):
+            if outcome.step == stop:
+                break
+    done = sf.fit(changed, out=tmp_path, operations=on["cuda"])
+    assert done.status == "finished"
+    assert done.step == 160
+
+
+def test_a_body_finds_gradients_and_numbers_wherever_a_run_goes_on(tmp_path):
+    """Which steps are captured differs between processes: the first of a form is not."""
+    changed = recipe(model=make, batch=sf.Batch(30), until="20ep")
+
+    def train(out, stops=(), operations=None):
+        noted = {}
+        for stop in (*stops, None):
+            for outcome in sf.steps(changed, out=out, operations=operations or sf.Operations()):
+                grads = [p.grad.double().sum().item() for p in outcome.model.parameters()]
+                noted[outcome.step] = (torch.rand(3, device="cuda").tolist(), random.random(), grads)
+                if outcome.step == stop:
+                    break
+        return noted
+
+    whole = train(tmp_path / "whole")
+    assert train(tmp_path / "parts", stops=(70, 97, 98, 106)) == whole
+    assert train(tmp_path / "eager", operations=EAGER) == whole
+
+
+@pytest.mark.parametrize("held", ["closure", "method"])
+def test_what_a_body_anneals_counts_at_once(tmp_path, held):
+    class Loss:
+        beta = 1.0
+
+        def __init__(self):
+            self.beta = 1.0
+
+        def of(self, model, data):
+            return self.beta * F.cross_entropy(model(data[0]), data[1], reduction="none")
+
+    def train(name, operations):
+        loss, beta = Loss(), 1.0
+
+        def closed(model, data):
+            return beta * F.cross_entropy(model(data[0]), data[1], reduction="none")
+
+        changed = recipe(objective=loss.of if held == "method" else closed, until="20ep")
+        for outcome in sf.steps(changed, out=tmp_path / name, operations=operations):
+            if outcome.step == 100:
+                beta = loss.beta = 0.5
+        return sf.open_run(tmp_path / name).log()["loss"].tolist()
+
+    assert train("captured", sf.Operations()) == train("eager", EAGER)
+
+
+def test_a_capture_that_fails_leaves_all_in_order(tmp_path):
+    made = prepare(recipe(model=Waits), EAGER)
+    feed = made.feed(lambda kind, **facts: None)
+    train_step(made.parts, feed.at(0), 0.0)
+    stream, before = torch.cuda.current_stream(), torch.cuda.current_device()
+    with pytest.raises(Exception, match=r"captur|synchroni"):
+        Captured(made.parts).try_out(feed.at(1))
+    assert (torch.cuda.current_stream(), torch.cuda.current_device()) == (stream, before)
+    changed = recipe(model=make, until="20ep")
+    captured = sf.fit(changed, out=tmp_path / "captured")
+    assert compiled(captured) == "captured"
+    assert captured.digest == sf.fit(changed, out=tmp_path / "eager", operations=EAGER).digest
+
+
+def test_a_step_that_cannot_be_captured_later_is_eager_and_told(tmp_path, monkeypatch):
+    real, num = Captured._capture, 0
+
+    def fails(*of, **options):
+        nonlocal num
+        num += 1
+        if num == 2:  # after the trial
+            raise torch.OutOfMemoryError("no memory")
+        return real(*of, **options)
+
+    monkeypatch.setattr(Captured, "_capture", fails)
+    changed = recipe(model=make, batch=sf.Batch(30), until="20ep")
+    captured = sf.fit(changed, out=tmp_path / "captured")
+    (told,) = events(captured, "uncompiled")
+    assert "no memory" in told["reason"]
+    assert num == 3  # the other form is captured
+    assert captured.digest == sf.fit(changed, out=tmp_path / "eager", operations=EAGER).digest
+
+
+class Counting(torch.optim.AdamW):
+    num = 0
+
+    def step(self, closure=None):
+        self.num += 1
+        return super().step(closure)
+
+
+def test_an_optimizer_with_a_step_of_its_own_is_not_captured(tmp_path):
+    changed = recipe(model=make, optimizer=lambda g: Counting(g, lr=0.01, fused=True), until="20ep")
+    built = build(changed, RunFolder(tmp_path), sf.Operations())
+    for _ in run_steps(built):
+        pass
+    assert built.run.parts.updater.optimizer.num == 160
+    assert "cannot take the guard's go-ahead" in built.notes[0]
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = make()
+
+    def forward(self, x):
+        return checkpoint(self.net, x, use_reentrant=False)
+
+
+def test_activation_checkpointing_is_eager_and_says_why(tmp_path):
+    built = build(recipe(model=Checkpointed), RunFolder(tmp_path), sf.Operations())
+    assert "as activation checkpointing does" in built.notes[0]
+
+
+def test_batches_of_many_forms(tmp_path):
+    changed = recipe(model=Pooled, data=Lengths(), batch=sf.Batch(8), until="30ep")
+    captured = sf.fit(changed, out=tmp_path / "captured")
+    assert captured.digest == sf.fit(changed, out=tmp_path / "eager", operations=EAGER).digest

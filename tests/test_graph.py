@@ -16,11 +16,12 @@ import surefoot as sf
 from surefoot import calm, course, heal, train
 from surefoot.api import result, run_steps
 from surefoot.build import build
-from surefoot.compiled import Compiled, Unchanged
+from surefoot.compiled import Compiled
 from surefoot.heal import EVERY, SELDOM
 from surefoot.operations import Operations
 from surefoot.record.folder import RunFolder
 from surefoot.stopping import Budget
+from surefoot.unchanged import Unchanged
 
 COMPILED = Operations(compute={"compile": "on"}, checkpoint={"every": 7}, progress="off")
 EAGER = Operations(compute={"compile": "off"}, progress="off")
@@ -598,6 +599,40 @@ def test_a_collection_that_grows_is_a_change(kept):
     assert unchanged()
     getattr(model[0].kept, {list: "append", set: "add", dict: "setdefault"}[kept])(1)
     assert not unchanged()
+
+
+def closing(over):
+    held = SimpleNamespace(beta=0.5, table=[1.0, 2.0], inner=SimpleNamespace(gamma=1))
+
+    def objective(model, data):
+        return held.beta * over[0] * F.cross_entropy(model(data[0]), data[1], reduction="none") * GAMMA[0]
+
+    return objective, held
+
+
+GAMMA = [1.0]
+
+
+@pytest.mark.parametrize("what", ["attribute", "item", "deeper", "cell", "global"])
+def test_what_a_function_reads_counts_however_it_is_held(what):
+    over = [1.0]
+    objective, held = closing(over)
+    unchanged = Unchanged(mlp(), [objective])
+    assert unchanged()
+    try:
+        if what == "attribute":
+            held.beta = 0.25
+        elif what == "item":
+            held.table[1] = 3.0
+        elif what == "deeper":
+            held.inner.gamma = 2
+        elif what == "cell":
+            over[0] = 2.0
+        else:
+            GAMMA[0] = 2.0
+        assert not unchanged()
+    finally:
+        GAMMA[0] = 1.0
 
 
 class Strided:

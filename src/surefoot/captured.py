@@ -10,12 +10,13 @@ is left to `train_step`.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from surefoot.compiled import ChangedError, Unchanged
+from surefoot.compiled import ChangedError
 from surefoot.graph import CHECK_EVERY, form
 from surefoot.guard.arithmetic import Tensors
 from surefoot.guard.detect import Decision, Limits, judge
@@ -23,17 +24,27 @@ from surefoot.keys import word
 from surefoot.measure.readings import pack
 from surefoot.train_step import Attempt, Inside, Parts, seed_generators, train_step
 from surefoot.types import Minibatch, leaves, map_leaves
+from surefoot.unchanged import Unchanged
 
 _MOST_FORMS = 8
 """Forms of batches that are captured: each has its own memory for what is between its kernels."""
 
 
 class _Launch(NamedTuple):
-    """A captured step. data: what it reads as its batch. attempt: what it leaves, with `numbers` packed."""
+    """A captured step. data: what it reads as its batch. draws: states of its random numbers, one for each
+    logical micro-batch. attempt: what it leaves, its `numbers` packed. grads: of `attempt.trained`, if any
+    are kept.
+    """
 
     graph: torch.cuda.CUDAGraph
     data: list[Tensor]
+    draws: list[torch.Generator]
     attempt: Attempt
+    grads: list[Tensor | None]
+
+
+class UncapturedError(Exception):
+    """A step cannot be captured."""
 
 
 class Captured:
@@ -54,38 +65,43 @@ class Captured:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool: Any = None
         self._generator = torch.cuda.default_generators[device.index or 0]
-        self._draws: list[Any] = []
         self._launches: dict[tuple[Any, ...], _Launch] = {}
         self._launches_of: Any = None
         self._seen: list[Any] = []
+        self._given_up: list[Any] = []
 
     def __call__(self, batch: Minibatch, multiplier: float, *, check: bool = False) -> Attempt | None:
         """Attempts one update; None if it is one for `train_step`: nothing was changed then.
 
-        check: looks whether anything has changed that a graph took for constant, as is done now and then.
+        check: looks whether anything has changed that a graph took for constant, as is done now and then
+        without it; a caller's code runs after the step, which finds gradients and generators as after an
+        eager one.
 
         Raises:
-            ChangedError: it has, or the step cannot be captured; nothing was changed by this step.
+            ChangedError: something has; nothing was changed by this step.
+            UncapturedError: a step of this form cannot be captured; likewise.
         """
-        step = batch.slots.step
-        check |= self.suspects or (step + 1) % CHECK_EVERY == 0
-        if check and (not self._unchanged() or self._parts.updater.is_hooked()):
-            raise ChangedError
-        self.suspects = False
+        step, parts = batch.slots.step, self._parts
+        if check or self.suspects or (step + 1) % CHECK_EVERY == 0:
+            if not self._unchanged() or parts.updater.is_hooked():
+                raise ChangedError
+            self.suspects = False
         data, launch = leaves(batch.data), None
-        if step > 0 and batch.weights is None and self._parts.guard.is_usual(step):
-            launch = self._launch_of(batch, data, multiplier)
+        if step > 0 and batch.weights is None and parts.guard.is_usual(step):
+            launch = self._launch_of(batch, data, multiplier, keeps_grads=check)
         if launch is None:
             self._has_grads = True
             return None
         self._drop_grads()
         self._take_over_limits()
         attempt = self._launched(launch, batch, data, multiplier)
-        guard = self._parts.guard
-        if guard.on:
-            guard.judge.taken(attempt.loss, attempt.grad_norm, high=self._was_high)
-        if check:  # a caller's code runs next, and may draw numbers
-            seed_generators(word(word(self._parts.draws, step), attempt.num_micro - 1), self._parts.device)
+        if parts.guard.on:
+            parts.guard.judge.taken(attempt.loss, attempt.grad_norm, high=self._was_high)
+        if check:
+            for param, grad in zip(attempt.trained, launch.grads, strict=True):
+                param.grad = grad
+            seed_generators(word(word(parts.draws, step), attempt.num_micro - 1), parts.device)
+            self._generator.set_offset(launch.draws[-1].get_offset())
             attempt = attempt._replace(permitted=attempt.permitted.bool())
         return attempt
 
@@ -100,63 +116,75 @@ class Captured:
         """Captures a step with a batch, at a rate of zero, and launches it twice. The same has been taken
         eagerly before.
         """
-        data = leaves(batch.data)
-        self._seen.append(form(batch.data, data))
-        launch = self._capture(batch, 0.0)
-        return [self._launched(launch, batch, data, 0.0) for _ in range(2)]
+        launch = self._capture(batch, 0.0, keeps_grads=False)
+        return [self._launched(launch, batch, leaves(batch.data), 0.0) for _ in range(2)]
 
-    def _launch_of(self, batch: Minibatch, data: list[Any], multiplier: float) -> _Launch | None:
-        """The captured step for a batch; None for one of a form that has not been taken eagerly before, so
-        that all it needs is loaded.
+    def _launch_of(
+        self, batch: Minibatch, data: list[Any], multiplier: float, *, keeps_grads: bool
+    ) -> _Launch | None:
+        """The captured step for a batch; None for one of a form that has not been taken eagerly with this
+        optimizer's state, so that all it needs is loaded, and made: what is made in a capture is made anew
+        in each launch.
         """
         updater = self._parts.updater
         if updater.optimizer.state is not self._launches_of:  # loading a state replaces it
             self._launches.clear()
+            self._seen.clear()
             self._pool = None  # it is no one's now, and torch takes no such pool again
             self._launches_of = updater.optimizer.state
         like = form(batch.data, data)
         if like not in self._seen:
-            if len(self._seen) < _MOST_FORMS:
+            if len(self._seen) < _MOST_FORMS and all(isinstance(leaf, Tensor) for leaf in data):
                 self._seen.append(like)
             return None
         key = (like, updater.measures(batch.slots.step))
+        if key in self._given_up:
+            return None
         if key not in self._launches:
             try:
-                self._launches[key] = self._capture(batch, multiplier)
+                self._launches[key] = self._capture(batch, multiplier, keeps_grads=keeps_grads)
             except Exception as error:
-                raise ChangedError from error
+                self._given_up.append(key)
+                raise UncapturedError(f"{type(error).__name__}: {error}") from error
         return self._launches[key]
 
-    def _capture(self, batch: Minibatch, multiplier: float) -> _Launch:
+    def _capture(self, batch: Minibatch, multiplier: float, *, keeps_grads: bool) -> _Launch:
         parts = self._parts
+        self._drop_grads()
         static = batch._replace(data=map_leaves(torch.clone, batch.data))
         parts.updater.write_rates(multiplier, parts.base_lr)
-        num_micro = -(-batch.num_rows // parts.micro)
-        while len(self._draws) < num_micro:
-            self._draws.append(self._generator.clone_state())
-        pool = self._pool or torch.cuda.graph_pool_handle()
-        graph, own = torch.cuda.CUDAGraph(), self._generator.graphsafe_get_state()
-        stream = torch.cuda.current_stream(parts.device)
-        for state in self._draws[:num_micro]:
+        own = self._generator.graphsafe_get_state()
+        draws = [self._generator.clone_state() for _ in range(0, batch.num_rows, parts.micro)]
+        graph, pool = torch.cuda.CUDAGraph(), self._pool or torch.cuda.graph_pool_handle()
+        for state in draws:
             graph.register_generator_state(state)
-        inside = Inside(self._decide, self._begin_micro)
-        try:
-            # Other threads may go on: one keeps checkpoints.
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-                attempt = train_step(parts, static, multiplier, inside=inside)
-                attempt = attempt._replace(packed=pack(list(attempt.numbers())))
-        except BaseException:
-            torch.cuda.set_stream(stream)
-            own, self._draws = own.clone_state(), []  # these count as being captured for ever
-            raise
-        finally:
-            self._generator.graphsafe_set_state(own)
+        inside = Inside(self._decide, lambda micro: self._set_generator(draws[micro]))
+        with torch.cuda.device(parts.device):
+            stream = torch.cuda.current_stream()
+            try:
+                # Other threads may go on: one keeps checkpoints.
+                with torch.cuda.graph(
+                    graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    attempt = train_step(parts, static, multiplier, inside=inside)
+                    attempt = attempt._replace(packed=pack(list(attempt.numbers())))
+            except (
+                BaseException
+            ):  # torch leaves its stream, its pool and its generator as within the capture
+                torch.cuda.set_stream(stream)
+                with suppress(Exception):
+                    torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+                own = own.clone_state()
+                raise
+            finally:
+                self._set_generator(own)
+                self._has_grads = True
         self._pool = pool
-        self._has_grads = True
-        return _Launch(graph, leaves(static.data), attempt)
+        grads = [p.grad for p in attempt.trained] if keeps_grads else []
+        return _Launch(graph, leaves(static.data), draws, attempt, grads)
 
-    def _begin_micro(self, micro: int) -> None:
-        self._generator.graphsafe_set_state(self._draws[micro])
+    def _set_generator(self, state: torch.Generator) -> None:
+        self._generator.graphsafe_set_state(state)
 
     def _decide(self, loss: Tensor, norm: Tensor) -> Decision:
         allowed = Limits(*self._limits.unbind())
@@ -185,8 +213,8 @@ class Captured:
     ) -> Attempt:
         parts, left = self._parts, launch.attempt
         seed = word(parts.draws, batch.slots.step)
-        for micro in range(left.num_micro):
-            self._draws[micro].manual_seed(word(seed, micro))
+        for micro, state in enumerate(launch.draws):
+            state.manual_seed(word(seed, micro))
         for place, leaf in zip(launch.data, data, strict=True):
             place.copy_(leaf)
         parts.updater.write_rates(multiplier, parts.base_lr)

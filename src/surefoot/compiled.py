@@ -8,15 +8,14 @@ then, and what is likely to change is looked at here, each time.
 from __future__ import annotations
 
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakSet, ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _made: WeakSet[Compiled] = WeakSet()
 
@@ -166,45 +165,3 @@ def forget_failed_traces() -> None:
     """
     if "torch._dynamo" in sys.modules and not any(one._kernels for one in _made):
         torch._dynamo.reset()
-
-
-class Unchanged:
-    """Whether a model, and other objects, are what they were: their attributes (plain ones by value, others
-    by identity, and by length if they are collections), the tensors of the model, and hooks on it.
-    """
-
-    def __init__(self, model: nn.Module, others: Iterable[object]) -> None:
-        modules = list(model.modules())
-        holders: list[dict[str, Any]] = [vars(m) for m in modules] + [
-            vars(o) for o in others if hasattr(o, "__dict__")
-        ]
-        plain = (bool, int, float, str, type(None))
-        self._plain = [(h, name) for h in holders for name, value in h.items() if type(value) in plain]
-        self._other = [(h, name) for h in holders for name, value in h.items() if type(value) not in plain]
-        self._other += [(m._parameters, name) for m in modules for name in m._parameters]
-        self._other += [(m._buffers, name) for m in modules for name in m._buffers]
-        kinds = (list, dict, set, deque)  # hooks are in such, too
-        self._holders = [*holders, *(v for h in holders for v in h.values() if isinstance(v, kinds))]
-        self._params = list(model.parameters())
-        self._before = self._now()
-
-    def _now(self) -> tuple[Any, ...]:
-        return (
-            [holder.get(name) for holder, name in self._plain],
-            [id(holder.get(name)) for holder, name in self._other],
-            [len(holder) for holder in self._holders],
-            [(p.requires_grad, p.data_ptr(), hooked(p)) for p in self._params],
-        )
-
-    def __call__(self) -> bool:
-        """Whether they are."""
-        return self._now() == self._before
-
-
-def hooked(param: Tensor) -> bool:
-    """Whether something hangs on the gradient of a parameter."""
-    return bool(param._backward_hooks or param._post_accumulate_grad_hooks)
-
-
-BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", *BACKWARD_HOOKS)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from surefoot.blame import usual_loss
-from surefoot.captured import Captured
+from surefoot.captured import Captured, UncapturedError
 from surefoot.compiled import ChangedError
 from surefoot.data.feed import Feed
 from surefoot.data.holes import leave_out
@@ -136,6 +136,8 @@ def update(course: Course, batch: Minibatch) -> tuple[Minibatch, float, Attempt]
         try:
             with phase("compiled step"):
                 attempt = course.graph(batch, multiplier, check=not course.alone)
+        except UncapturedError as error:
+            course.told.event("uncompiled", step=state.step, reason=str(error))
         except ChangedError:
             state.eager_from = state.step
             course.told.event("uncompiled", step=state.step)

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surefoot.compiled import ChangedError, Compiled, Unchanged
+from surefoot.compiled import ChangedError, Compiled
 from surefoot.keys import word
 from surefoot.optim.functional import FunctionalUpdate, Slots
 from surefoot.optim.update import FAR_FROM_OVERFLOW
 from surefoot.traced import Traced, flat
 from surefoot.train_step import Attempt, Parts, known_weight, pieces_of
 from surefoot.types import Minibatch, Tree, leaves
+from surefoot.unchanged import Unchanged
 
 _YES = torch.tensor(True)
 CHECK_EVERY = 800

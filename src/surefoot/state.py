@@ -27,6 +27,9 @@ from surefoot.record.ledger import Ledger
 _EXTRA, _TRANSIENT = "extra/", "transient/"
 """Prefixes, beside the model's own tensors, of tensors in extra state and of non-persistent buffers."""
 
+_KERNELS = ("capturable", "foreach", "fused")
+"""Options of parameter groups that are of the device a run goes on on, not of its state."""
+
 
 @dataclass
 class RunState:
@@ -194,7 +197,8 @@ class RunState:
         groups = []
         for now, then in zip(current["param_groups"], kept["groups"], strict=True):
             tuples = {k: tuple(v) for k, v in then.items() if isinstance(now.get(k), tuple)}
-            groups.append({**then, **tuples, "params": now["params"]})
+            kernels = {k: v for k, v in now.items() if k in _KERNELS}
+            groups.append({**then, **tuples, **kernels, "params": now["params"]})
         numbered = {numbers[name]: slots for name, slots in kept["state"].items()}
         with without_compiler():
             self.optimizer.load_state_dict({"state": numbered, "param_groups": groups})

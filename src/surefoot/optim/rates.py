@@ -23,6 +23,7 @@ class DeviceRates:
         for group in groups:
             if "capturable" in group:  # or Adam refuses to be captured
                 group["capturable"] = True
+        optimizer._warned_capturable_if_run_uncaptured = True
 
     def write(self, multiplier: float, base: Sequence[float]) -> None:
         """What `set` multiplies."""

@@ -25,6 +25,7 @@ _WELL_KNOWN = {
     torch.optim.Adagrad,
     torch.optim.Adadelta,
 }
+_FUSED = {torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW}
 FAR_FROM_OVERFLOW = 1e15
 
 
@@ -49,7 +50,8 @@ class Updater:
         self._copies = self._new_copies() if measure_every == 1 else None
         self._unmeasured = torch.tensor(torch.nan, device=self.params[0].device)
         on_device = self.params[0].device.type == "cuda"
-        self.asks_device = on_device and all(g.get("fused") for g in optimizer.param_groups)
+        fused = type(optimizer) in _FUSED and all(g["fused"] for g in optimizer.param_groups)
+        self.asks_device = on_device and fused
         self._size = global_norm(self.params).item()
         groups = optimizer.param_groups
         self._largest_lr = max(float(g["lr"]) for g in groups)

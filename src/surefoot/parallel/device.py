@@ -27,6 +27,8 @@ def choose_device(name: str, *, threads: int | None, deterministic: bool) -> tor
             raise OperationsError(
                 f"device = {name!r} is unknown.", fix="Use cpu, cuda, cuda:1 or auto."
             ) from None
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
     if device.type == "cpu":
         _keep_freed_memory()
     if device.type not in ("cpu", "cuda"):

@@ -264,6 +264,15 @@ def _failed(event: Event) -> Incident | None:
 
 
 def _uncompiled(event: Event) -> Incident:
+    if "reason" in event:
+        return _incident(
+            event,
+            "steps of one kind are not captured",
+            "uncompiled",
+            cause=str(event["reason"]),
+            action="they are eager ones: slower, with the same bits",
+            advice="If the GPU's memory is short, make batch.micro smaller.",
+        )
     return _incident(
         event,
         "steps are not compiled any more",

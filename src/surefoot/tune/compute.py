@@ -29,8 +29,12 @@ from surefoot.recipe import Recipe
 
 _ROUNDS = 7
 _LEAST_TURN_S = 0.2
-_WARM, _WARM_ON_GPU = 3, 80
-"""Updates before those that count. On a GPU they are captured when the guard's burn-in is over."""
+_WARM, _WARM_ON_GPU, _WARM_S = 3, 80, 20.0
+"""Updates before those that count. On a GPU, where they are captured when the guard's burn-in is over: not
+for much longer than these seconds.
+"""
+_SYNCHRONISED = 8
+"""Updates after which a GPU is waited for, as the log does in a run."""
 _ENDLESS = 1 << 40
 _CLEARLY = 0.97
 """Of the time of the best so far: what is not faster by that much does not replace it."""
@@ -150,8 +154,10 @@ class _Updates:
         self._course: Course = made.course(feed, None, Silence(), deque(maxlen=1))  # type: ignore[arg-type]
         self._batches = feed.batches(0, _ENDLESS)
         self._on_gpu = made.device.type == "cuda"
-        for _ in range(_WARM_ON_GPU if self._on_gpu else _WARM):
-            self._one()
+        for num in range(_WARM_ON_GPU if self._on_gpu else _WARM):
+            if num < _WARM or time.perf_counter() < begun + _WARM_S:
+                self._one()
+        self._wait()
         self._prepare_s = time.perf_counter() - begun
         self._times: list[float] = []
         self._rows = made.plan.batch_size
@@ -163,9 +169,14 @@ class _Updates:
         while time.perf_counter() < begun + _LEAST_TURN_S:
             self._one()
             done += 1
+            if done % _SYNCHRONISED == 0:
+                self._wait()
+        self._wait()
+        self._times.append((time.perf_counter() - begun) / done)
+
+    def _wait(self) -> None:
         if self._on_gpu:
             torch.cuda.synchronize()
-        self._times.append((time.perf_counter() - begun) / done)
 
     def _one(self) -> None:
         update(self._course, next(self._batches))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, str, type(None))
 _LISTS = (list, tuple, deque)
-_DEPTH, _MOST = 3, 256
+_DEPTH, _MOST = 5, 256
 """How far objects are followed from a module or function, and up to what length collections."""
 
 
@@ -65,6 +65,7 @@ class Unchanged:
             read = [name for name in one.__code__.co_names if name in one.__globals__]
             self._names += [(one.__globals__, name) for name in read]
             yield from (cell.cell_contents for cell in one.__closure__ or () if _is_set(cell))
+            yield from (value for name in read if not callable(value := one.__globals__[name]))
             yield vars(one)
         elif hasattr(one, "__dict__") and _is_theirs(one):
             yield vars(one)

@@ -107,8 +107,8 @@ def small(name: str, turns: int) -> dict[str, Any]:
     contenders = {
         "loop": loop(w),
         "bare": bare(w),
-        "surefoot": surefoot(recipe_of(w, until=_LONG), "auto"),
-        "surefoot-any": surefoot(recipe_of(w, until=_LONG), "auto", deterministic=False),
+        "surefoot": surefoot(recipe_of(w, until=_LONG), "on"),
+        "surefoot-any": surefoot(recipe_of(w, until=_LONG), "on", deterministic=False),
         "surefoot-eager": surefoot(recipe_of(w, until=_LONG), "off"),
     }
     return told(name, in_turns(contenders, warm=400, steps=400, turns=turns), "loop")
@@ -205,8 +205,8 @@ def gpt2(turns: int) -> dict[str, Any]:
     )
     contenders = {
         "compiled": compiled_by_hand(data),
-        "surefoot": surefoot(recipe, "auto"),
-        "surefoot-any": surefoot(recipe, "auto", deterministic=False),
+        "surefoot": surefoot(recipe, "on"),
+        "surefoot-any": surefoot(recipe, "on", deterministic=False),
     }
     times = in_turns(contenders, warm=80, steps=20, turns=turns)
     size = sum(p.numel() for p in GPT2().parameters())

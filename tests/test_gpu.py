@@ -31,6 +31,7 @@ def make():
 
 
 SPECS = [sf.SGD(lr=0.1, momentum=0.9), sf.AdamW(lr=0.01)]
+CAPTURED = sf.Operations(compute={"compile": "on"})
 EAGER = sf.Operations(compute={"compile": "off"})
 
 
@@ -57,12 +58,12 @@ def test_it_continues_to_the_bit(tmp_path, spec, precision):
     changed = recipe(
         model=make, optimizer=spec, precision=precision, batch=sf.Batch(30, micro=8), until="20ep"
     )
-    whole = sf.fit(changed, out=tmp_path / "whole")
+    whole = sf.fit(changed, out=tmp_path / "whole", operations=CAPTURED)
     for stop in (5, 17, 18, 90, 91, 140):
-        for outcome in sf.steps(changed, out=tmp_path / "parts"):
+        for outcome in sf.steps(changed, out=tmp_path / "parts", operations=CAPTURED):
             if outcome.step == stop:
                 break
-    parts = sf.fit(changed, out=tmp_path / "parts")
+    parts = sf.fit(changed, out=tmp_path / "parts", operations=CAPTURED)
     assert (parts.digest, parts.ledger) == (whole.digest, whole.ledger)
     assert rows(parts) == rows(whole)
     assert "cuda" in sf.open_run(parts.run_dir).identity["environment"]["device"]
@@ -84,7 +85,7 @@ def test_captured_steps_have_the_bits_of_eager_ones(tmp_path, spec, micro, preci
         guard=sf.Guard(guard),
         until="25ep",
     )
-    captured = sf.fit(changed, out=tmp_path / "captured")
+    captured = sf.fit(changed, out=tmp_path / "captured", operations=CAPTURED)
     eager = sf.fit(changed, out=tmp_path / "eager", operations=EAGER)
     assert (compiled(captured), compiled(eager)) == ("captured", "")
     assert rows(captured) == rows(eager)
@@ -116,13 +117,13 @@ def test_captured_models_have_the_bits_of_eager_ones(tmp_path, model, shape):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(300, *shape)).astype("float32"), rng.integers(0, 3, 300)
     changed = recipe(model=model, data=sf.Arrays(x, y), until="20ep", batch=sf.Batch(32))
-    captured = sf.fit(changed, out=tmp_path / "captured")
+    captured = sf.fit(changed, out=tmp_path / "captured", operations=CAPTURED)
     eager = sf.fit(changed, out=tmp_path / "eager", operations=EAGER)
     assert compiled(captured) == "captured"
     assert captured.digest == eager.digest
 
 
-@pytest.mark.parametrize("operations", [sf.Operations(), EAGER], ids=["captured", "eager"])
+@pytest.mark.parametrize("operations", [CAPTURED, EAGER], ids=["captured", "eager"])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: type(s).__name__)
 def test_a_step_never_waits_for_the_device(tmp_path, spec, operations):
     changed = recipe(model=make, optimizer=spec, gradient=(sf.clip_norm(1.0),), until="25ep")
@@ -137,7 +138,7 @@ def test_a_step_never_waits_for_the_device(tmp_path, spec, operations):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("operations", [sf.Operations(), EAGER], ids=["captured", "eager"])
+@pytest.mark.parametrize("operations", [CAPTURED, EAGER], ids=["captured", "eager"])
 def test_broken_samples_are_found_and_left_out(tmp_path, operations):
     x, y = blobs(1024)
     x[[77, 500]] = np.nan
@@ -160,9 +161,9 @@ def test_a_run_that_diverges_goes_back_and_on(tmp_path):
             if num == 450:
                 with torch.no_grad():
                     outcome.model[4].weight.fill_(50.0)
-        return sf.fit(changed, out=tmp_path / name)
+        return sf.fit(changed, out=tmp_path / name, operations=operations)
 
-    captured, eager = train("captured", sf.Operations()), train("eager", EAGER)
+    captured, eager = train("captured", CAPTURED), train("eager", EAGER)
     assert events(captured, "rolled_back")
     assert rows(captured) == rows(eager)
     assert captured.digest == eager.digest
@@ -172,7 +173,7 @@ def test_a_validation_between_captured_steps(tmp_path):
     changed = recipe(
         model=make, validation=sf.Validation(sf.Arrays(*blobs(128, seed=1)), every="1ep"), until="20ep"
     )
-    captured = sf.fit(changed, out=tmp_path / "captured")
+    captured = sf.fit(changed, out=tmp_path / "captured", operations=CAPTURED)
     eager = sf.fit(changed, out=tmp_path / "eager", operations=EAGER)
     assert (captured.digest, captured.metrics) == (eager.digest, eager.metrics)
 
@@ -217,11 +218,11 @@ class Counts(nn.Module):
 )
 def test_what_cannot_be_captured_is_trained_eagerly_and_says_so(tmp_path, changes, says):
     changed = recipe(until="12ep", **changes)
-    run = sf.fit(changed, out=tmp_path / "auto")
+    run = sf.fit(changed, out=tmp_path / "auto", operations=CAPTURED)
     eager = sf.fit(changed, out=tmp_path / "eager", operations=EAGER)
     assert compiled(run) == ""
     assert run.digest == eager.digest
-    (note,) = build(changed, RunFolder(tmp_path / "notes"), sf.Operations()).notes
+    (note,) = build(changed, RunFolder(tmp_path / "notes"), CAPTURED).notes
     assert note.startswith("not captured: ")
     assert says in note
 
@@ -232,9 +233,9 @@ def test_a_model_that_changes_on_the_way_goes_on_eagerly(tmp_path):
         for outcome in sf.steps(changed, out=tmp_path / name, operations=operations):
             if outcome.step == 100:
                 outcome.model[3].p = 0.5
-        return sf.fit(changed, out=tmp_path / name)
+        return sf.fit(changed, out=tmp_path / name, operations=operations)
 
-    captured = train("captured", sf.Operations())
+    captured = train("captured", CAPTURED)
     assert events(captured, "uncompiled")[0]["step"] == 101
     assert captured.digest == train("eager", EAGER).digest
 
@@ -264,7 +265,7 @@ def recipe():
 def test_replay_from_the_command_line(tmp_path):
     file = tmp_path / "recipe.py"
     file.write_text(RECIPE)
-    trained = surefoot("train", file, "--out", tmp_path / "run", fresh=True)
+    trained = surefoot("train", file, "--out", tmp_path / "run", "--compile", "on", fresh=True)
     assert trained.returncode == 0, trained.stderr
     assert "captured: the step is one CUDA graph" in trained.stdout + trained.stderr
     replayed = surefoot("replay", tmp_path / "run", "--step", "200", fresh=True)
@@ -304,27 +305,26 @@ def followed():
     ids=["remembers", "optimizer", "model"],
 )
 def test_python_that_a_launch_would_not_run_is_run(tmp_path, changes, says):
-    built = build(recipe(until="12ep", **changes), RunFolder(tmp_path / "run"), sf.Operations())
+    built = build(recipe(until="12ep", **changes), RunFolder(tmp_path / "run"), CAPTURED)
     (note,) = built.notes
     assert says in note
 
 
 def test_tuning_measures_captured_steps():
     tuned = tune_compute(recipe(model=make, until="20ep"), sf.Operations())
-    assert [one.settings["compute.compile"] for one in tuned.tried] == ["auto", "on"]
+    assert [one.settings["compute.compile"] for one in tuned.tried] == ["off", "on"]
     assert not any(one.why_not for one in tuned.tried)
 
 
-def test_compiled_and_captured(tmp_path):
+def test_steps_are_captured_if_asked_for_and_then_go_on_so(tmp_path):
     changed = recipe(model=make, until="12ep")
-    operations = sf.Operations(compute={"compile": "on"})
-    built = build(changed, RunFolder(tmp_path / "notes"), operations)
-    assert built.notes[0].startswith("compiled: forward pass and losses; captured: ")
-    whole = sf.fit(changed, out=tmp_path / "whole", operations=operations)
-    for outcome in sf.steps(changed, out=tmp_path / "parts", operations=operations):
+    built = build(changed, RunFolder(tmp_path / "notes"), sf.Operations())
+    assert built.notes == ["not captured: --compile on captures the step as a CUDA graph"]
+    for outcome in sf.steps(changed, out=tmp_path / "parts", operations=CAPTURED):
         if outcome.step == 70:
             break
-    assert sf.fit(changed, out=tmp_path / "parts").digest == whole.digest
+    built = build(changed, RunFolder(tmp_path / "parts"), sf.Operations())
+    assert built.notes[0].startswith("captured: the step is one CUDA graph")
 
 
 def test_a_run_begun_on_a_cpu_goes_on_on_a_gpu_and_back(tmp_path):
@@ -346,7 +346,7 @@ def test_a_body_finds_gradients_and_numbers_wherever_a_run_goes_on(tmp_path):
     def train(out, stops=(), operations=None):
         noted = {}
         for stop in (*stops, None):
-            for outcome in sf.steps(changed, out=out, operations=operations or sf.Operations()):
+            for outcome in sf.steps(changed, out=out, operations=operations or CAPTURED):
                 grads = [p.grad.double().sum().item() for p in outcome.model.parameters()]
                 noted[outcome.step] = (torch.rand(3, device="cuda").tolist(), random.random(), grads)
                 if outcome.step == stop:
@@ -381,7 +381,7 @@ def test_what_a_body_anneals_counts_at_once(tmp_path, held):
                 beta = loss.beta = 0.5
         return sf.open_run(tmp_path / name).log()["loss"].tolist()
 
-    assert train("captured", sf.Operations()) == train("eager", EAGER)
+    assert train("captured", CAPTURED) == train("eager", EAGER)
 
 
 def test_a_capture_that_fails_leaves_all_in_order(tmp_path):
@@ -393,7 +393,7 @@ def test_a_capture_that_fails_leaves_all_in_order(tmp_path):
         Captured(made.parts).try_out(feed.at(1))
     assert (torch.cuda.current_stream(), torch.cuda.current_device()) == (stream, before)
     changed = recipe(model=make, until="20ep")
-    captured = sf.fit(changed, out=tmp_path / "captured")
+    captured = sf.fit(changed, out=tmp_path / "captured", operations=CAPTURED)
     assert compiled(captured) == "captured"
     assert captured.digest == sf.fit(changed, out=tmp_path / "eager", operations=EAGER).digest
 
@@ -410,7 +410,7 @@ def test_a_step_that_cannot_be_captured_later_is_eager_and_told(tmp_path, monkey
 
     monkeypatch.setattr(Captured, "_capture", fails)
     changed = recipe(model=make, batch=sf.Batch(30), until="20ep")
-    captured = sf.fit(changed, out=tmp_path / "captured")
+    captured = sf.fit(changed, out=tmp_path / "captured", operations=CAPTURED)
     (told,) = events(captured, "uncompiled")
     assert "no memory" in told["reason"]
     assert num == 3  # the other form is captured
@@ -427,7 +427,7 @@ class Counting(torch.optim.AdamW):
 
 def test_an_optimizer_with_a_step_of_its_own_is_not_captured(tmp_path):
     changed = recipe(model=make, optimizer=lambda g: Counting(g, lr=0.01, fused=True), until="20ep")
-    built = build(changed, RunFolder(tmp_path), sf.Operations())
+    built = build(changed, RunFolder(tmp_path), CAPTURED)
     for _ in run_steps(built):
         pass
     assert built.run.parts.updater.optimizer.num == 160
@@ -443,12 +443,13 @@ class Checkpointed(nn.Module):
         return checkpoint(self.net, x, use_reentrant=False)
 
 
-def test_activation_checkpointing_is_eager_and_says_why(tmp_path):
-    built = build(recipe(model=Checkpointed), RunFolder(tmp_path), sf.Operations())
-    assert "as activation checkpointing does" in built.notes[0]
+def test_activation_checkpointing(tmp_path):
+    changed = recipe(model=Checkpointed, until="20ep")
+    captured = sf.fit(changed, out=tmp_path / "captured", operations=CAPTURED)
+    assert captured.digest == sf.fit(changed, out=tmp_path / "eager", operations=EAGER).digest
 
 
 def test_batches_of_many_forms(tmp_path):
     changed = recipe(model=Pooled, data=Lengths(), batch=sf.Batch(8), until="30ep")
-    captured = sf.fit(changed, out=tmp_path / "captured")
+    captured = sf.fit(changed, out=tmp_path / "captured", operations=CAPTURED)
     assert captured.digest == sf.fit(changed, out=tmp_path / "eager", operations=EAGER).digest

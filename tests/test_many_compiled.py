@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import recipe
+from conftest import blobs, recipe
 from torch import nn
 
 import surefoot as sf
@@ -90,3 +90,41 @@ def test_batches_of_many_forms_are_alike_to_the_bit_wherever_a_run_goes_on(stop,
     torch._dynamo.reset()  # as in another process
     parts = sf.fit(changed, out=tmp_path / "parts", operations=COMPILED)
     assert parts.digest == whole.digest
+
+
+def mixed(model, data):
+    share = np.random.default_rng(int(torch.randint(1000, ()))).beta(2, 2)
+    return share * F.cross_entropy(model(data[0]), data[1], reduction="none")
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.num = nn.Linear(8, 3), 0
+
+    def forward(self, x):
+        self.num += 1
+        return self.layer(x) / self.num
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"objective": mixed}, "nor is the forward pass"),
+        ({"model": Counting}, "compiled anew in each step"),
+    ],
+)
+def test_what_torch_would_compile_again_and_again_is_not_compiled(changes, says, tmp_path):
+    """It does so eight times, and goes on eagerly then: a run that is continued would count anew."""
+    built = build(recipe(optimizer=radam, **changes), RunFolder(tmp_path), COMPILED)
+    assert "compiled anew in each step" in built.notes[0]
+
+
+@pytest.mark.parametrize("spec", [sf.SGD(lr=0.1, momentum=0.9), sf.AdamW(lr=0.01)])
+def test_a_first_batch_that_is_not_finite_does_not_hinder(spec, tmp_path):
+    x, y = blobs()
+    plan = build(recipe(), RunFolder(tmp_path / "plan"), sf.Operations()).run.feed.plan
+    x[plan.at(0).ids[3]] = np.nan
+    changed = recipe(data=sf.Arrays(x, y), optimizer=spec)
+    built = build(changed, RunFolder(tmp_path / "run"), COMPILED)
+    assert built.notes[0].startswith("compiled: the whole step")

@@ -1,15 +1,16 @@
 """Whether the steps of a run are compiled. Chosen once, before the first step, and kept by the run.
 
 ``compute.compile = auto`` is a rule of model, batch, length and device, never a measurement: two fresh runs
-of a recipe must choose alike. `surefoot tune compute` measures. On a GPU steps are captured where that is
-possible, which changes no bit of them.
+of a recipe must choose alike. `surefoot tune compute` measures.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from types import FunctionType
 from typing import Any, Literal, NamedTuple, cast
 
@@ -36,12 +37,14 @@ from surefoot.trials import (
 from surefoot.types import Tree, leaves
 
 Extent = Literal["step", "forward", "captured", ""]
-"""What is compiled: the whole step, the forward pass and its losses, or nothing. Captured: nothing, but the
-step is a CUDA graph, as it may be with a compiled forward pass.
+"""What is compiled: the whole step, the forward pass and its losses, or nothing; captured: nothing, but the
+step is a CUDA graph.
 """
 
 ENOUGH_UPDATES = 50_000
 _MOST_FLOPS = 20e6
+_ENOUGH_BATCHES = 6
+"""For torch to have compiled all that the first of them need, if they are alike."""
 
 
 class Choice(NamedTuple):
@@ -113,46 +116,47 @@ def choose(q: Question) -> Choice:
 
 
 def _on_gpu(q: Question) -> Choice:
-    """A step that is captured if that is possible, with a forward pass that is compiled if asked for."""
-    choice, told = Choice("", ""), []
-    if q.asked == "on" or q.kept == "forward":
-        choice = _forward(q, "")
-        told.append(choice.reason)
+    """A step that is captured, if that is asked for and possible; else a compiled forward pass."""
+    if q.asked == "auto" and q.kept in (None, ""):
+        return Choice("", "not captured: --compile on captures the step as a CUDA graph")
+    if q.asked == "auto" and q.kept == "forward":
+        return _forward(q, "as the run began")
     begun = time.perf_counter()
-    parts = q.trial.parts
-    if choice.objective is not None:
-        parts = replace(parts, objective=choice.objective)
-    graph, why_not = captured_step(q.trial._replace(parts=parts))
-    if graph is None:
-        told.append(f"not captured: {why_not}")
-    else:
-        told.append(f"captured: the step is one CUDA graph, made in {time.perf_counter() - begun:.1f} s")
-    extent: Extent = choice.compiled or ("" if graph is None else "captured")
-    return choice._replace(compiled=extent, reason="; ".join(told), graph=graph)
+    graph, why_not = captured_step(q.trial)
+    if graph is not None:
+        took = f"{time.perf_counter() - begun:.1f} s"
+        return Choice("captured", f"captured: the step is one CUDA graph, made in {took}", graph)
+    if q.kept == "captured":
+        return Choice("", f"not captured: {why_not}")
+    return _forward(q, f"not captured: {why_not}")
 
 
 def _forward(q: Question, why: str) -> Choice:
-    """Forward pass and losses alone, if a batch goes through, and back. Batches of another form than the
-    first are left to the objective: torch compiles for eight, counted from where a run goes on.
+    """Forward pass and losses alone, if batches go through, and back. Torch compiles a function eight
+    times, counted from where a run goes on, and then calls it as it is: so batches of another form than the
+    first are left to the objective, and one that would be compiled anew for each batch is not compiled.
     """
-    eager, batch = q.trial.parts.objective, q.trial.batch(0)
-    usual = {form(piece.data, leaves(piece.data)) for piece in pieces_of(q.trial.parts, batch)}
+    eager, first = q.trial.parts.objective, q.trial.batch(0)
+    usual = {form(piece.data, leaves(piece.data)) for piece in pieces_of(q.trial.parts, first)}
 
     def forward(model: nn.Module, data: Tree) -> Tensor | tuple[Tensor, Tensor]:
         return eager(model, data)
 
+    own = with_own_code(cast(FunctionType, forward))
     options: Any = {"fallback_random": True}  # the masks that eager mode draws
-    compiled: Any = torch.compile(
-        with_own_code(cast(FunctionType, forward)), dynamic=False, options=options
-    )
+    compiled: Any = torch.compile(own, dynamic=False, options=options)
 
     def objective(model: nn.Module, data: Tree) -> Tensor | tuple[Tensor, Tensor]:
         found: Tensor | tuple[Tensor, Tensor]
         found = (compiled if form(data, leaves(data)) in usual else eager)(model, data)
         return found
 
+    parts = replace(q.trial.parts, objective=objective)
     try:
-        probe(replace(q.trial.parts, objective=objective), batch)
+        nums = []
+        for step in range(min(_ENOUGH_BATCHES, q.trial.total)):
+            probe(parts, q.trial.batch(step))
+            nums.append(_num_compiled())
     except SurefootError:
         raise
     except Exception as error:
@@ -163,8 +167,14 @@ def _forward(q: Question, why: str) -> Choice:
             fix="torch.compile needs a C++ compiler on a CPU (g++); or go on without, equal to rounding: "
             "--compile off, or --set compute.compile=off.",
         ) from error
-    reason = "compiled: forward pass and losses" + (why and f"; {why}")
-    return Choice("forward", reason, objective=objective)
+    if len(nums) > 3 and all(now > before for before, now in pairwise(nums[-4:])):
+        return Choice("", f"not compiled: {why}; the forward pass would be compiled anew in each step")
+    return Choice("forward", f"compiled: forward pass and losses; {why}", objective=objective)
+
+
+def _num_compiled() -> int:
+    """Graphs that torch has compiled in this process."""
+    return int(sys.modules["torch._dynamo"].utils.counters["stats"]["unique_graphs"])
 
 
 def _against(q: Question) -> str:

@@ -64,14 +64,9 @@ DECIDES_BITS = (
 
 def differing(then: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
     """These parts, of two environments, with both values; what an older version did not record does not
-    count, nor whether steps are captured, which changes no bit.
+    count.
     """
-    plain = {"captured": ""}
-    return {
-        k: [then[k], now[k]]
-        for k in DECIDES_BITS
-        if k in then and plain.get(then[k], then[k]) != plain.get(now[k], now[k])
-    }
+    return {k: [then[k], now[k]] for k in DECIDES_BITS if k in then and then[k] != now[k]}
 
 
 def of_attempt(

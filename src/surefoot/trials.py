@@ -28,7 +28,8 @@ CPP_WRAPPER_UPDATES = 200_000
 ELSEWHERE = "the model draws from numpy's or Python's random numbers"
 _TOLERANCE = 1e-2  # of other kernels
 _REPEATS = 1e-5  # of the same ones, of which some may not repeat to the bit
-_FIRST = 8  # batches among which one is finite
+_MOST_TRIED = 8
+"""Batches among which a finite one is looked for."""
 
 
 class Trial(NamedTuple):
@@ -45,16 +46,12 @@ def compiled_step(t: Trial) -> tuple[Graph | None, str]:
     parts, before = t.parts, t.state.snapshot().copy()
     unchanged = Unchanged(parts.model, [parts.objective, *parts.transforms])
     try:
-        train_step(parts, t.batch(0), 0.0)
+        train_step(parts, _finite(t, range(_MOST_TRIED))[0], 0.0)  # which makes the optimizer's state
         if not unchanged():
             return None, "the model, the objective or a transform changes its attributes in a step"
         if _draws_elsewhere(parts, t.batch(0)):
             return None, ELSEWHERE
-        for step in range(1, _FIRST):
-            batch = t.batch(step)
-            expected = probe(parts, batch)
-            if all(map(math.isfinite, expected)):
-                break
+        batch, expected = _finite(t, range(1, _MOST_TRIED + 1))
         graph = Graph(parts, batch, cpp_wrapper=t.total >= CPP_WRAPPER_UPDATES)
         try:
             attempts = [graph(batch, 0.0), graph(batch, 0.0), graph(batch, 0.0, check=True)]
@@ -70,6 +67,16 @@ def compiled_step(t: Trial) -> tuple[Graph | None, str]:
         if not all(map(_close, expected, found)):
             return None, _differs("compiled", found, expected)
     return graph, ""
+
+
+def _finite(t: Trial, steps: range) -> tuple[Minibatch, tuple[float, float]]:
+    """The first of these batches whose loss and gradient norm are finite, and these; else the last."""
+    for step in steps:
+        batch = t.batch(step)
+        found = probe(t.parts, batch)
+        if all(map(math.isfinite, found)):
+            break
+    return batch, found
 
 
 def _draws_elsewhere(parts: Parts, batch: Minibatch) -> bool:
@@ -175,8 +182,6 @@ def _waiting_is_an_error() -> Iterator[None]:
 
 
 def _why_not_captured(error: Exception) -> str:
-    if "CUDAGeneratorImpl" in str(error):
-        return "the model saves or sets random states in a step, as activation checkpointing does"
     if "synchronizing" in str(error):
         return "the model or the objective waits for the GPU, as .item() and boolean indices do"
     return first_line(error)

@@ -83,11 +83,11 @@ def tune_compute(
     try:
         with callers_generators():
             made = prepare(recipe, _with(operations, {"compute.compile": "off"}))
-            total, plain = made.total, "auto" if made.device.type == "cuda" else "off"
+            total = made.total
             best: Tried | None = None
             for more in _alternatives(recipe, made):
                 base = {} if best is None else best.settings
-                settings = {"compute.compile": plain, **base, **more}
+                settings = {"compute.compile": "off", **base, **more}
                 one, again = _beside(recipe, operations, settings, best)
                 tried.append(one)
                 say(f"{told(one.settings)}: {one.why_not or f'{1e3 * one.step_s:.3g} ms'}")

@@ -78,6 +78,19 @@ class Branching(nn.Module):
         return self.layer(x if x.sum().item() > 0 else -x)
 
 
+class Broken(nn.Module):
+    """Of two graphs, by torch's lights."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = mlp()
+
+    def forward(self, x):
+        hidden = self.layers[:2](x)
+        torch._dynamo.graph_break()
+        return self.layers[2](hidden)
+
+
 def weighted(model, data):
     x, y = data
     return F.cross_entropy(model(x), y, reduction="none"), 1.0 + (y == 0).float()
@@ -505,10 +518,17 @@ def test_a_compiled_run_that_cannot_be_compiled_is_not_continued_otherwise(tmp_p
 
 
 def test_what_cannot_be_one_graph_is_compiled_as_far_as_it_goes(tmp_path):
-    done, built = run(recipe(model=Branching), tmp_path / "run", COMPILED)
+    done, built = run(recipe(model=Broken), tmp_path / "run", COMPILED)
     assert done.status == "finished"
     assert sf.open_run(tmp_path / "run").identity["environment"]["compiled"] == "forward"
     assert any("forward pass and losses; not the whole step" in note for note in built.notes)
+
+
+def test_what_would_be_compiled_for_each_number_is_eager(tmp_path):
+    done, built = run(recipe(model=Branching), tmp_path / "run", COMPILED)
+    assert done.status == "finished"
+    assert sf.open_run(tmp_path / "run").identity["environment"]["compiled"] == ""
+    assert "the forward pass would be compiled anew in each step" in built.notes[0]
 
 
 def test_trying_leaves_the_state_as_it_was(tmp_path):

@@ -25,7 +25,7 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m 'not soak' -n 2
+	$(BIN)/python -m pytest -m 'not soak' -n 3 --dist worksteal
 
 soak: setup
 	$(BIN)/python -m pytest -m soak -n 2

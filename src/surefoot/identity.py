@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from surefoot.measure.digest import digest
+from surefoot.unchanged import is_filled
 
 _LIBRARIES = {"torch", "numpy", "torchmetrics", "builtins", *sys.stdlib_module_names}
 
@@ -135,19 +136,11 @@ def _describe_code(thing: Callable[..., Any] | type, within: tuple[int, ...] = (
     module = str(getattr(thing, "__module__", ""))
     if _is_library(module) or module.split(".")[0] == "surefoot":
         return f"{module}.{name}"
-    held = [c.cell_contents for c in getattr(thing, "__closure__", None) or () if _is_filled(c)]
+    held = [c.cell_contents for c in getattr(thing, "__closure__", None) or () if is_filled(c)]
     held += list(getattr(thing, "__defaults__", None) or ())
     held.append(getattr(thing, "__kwdefaults__", None))
     plain = [describe(h, (*within, id(thing))) for h in held if not isinstance(h, list | set)]
     return f"{name}#{_short(_code(thing) + repr(plain).encode())}"
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
 
 
 def _code(thing: Any) -> bytes:

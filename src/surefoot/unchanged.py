@@ -64,7 +64,7 @@ class Unchanged:
             self._cells += one.__closure__ or ()
             read = [name for name in one.__code__.co_names if name in one.__globals__]
             self._names += [(one.__globals__, name) for name in read]
-            yield from (cell.cell_contents for cell in one.__closure__ or () if _is_set(cell))
+            yield from (cell.cell_contents for cell in one.__closure__ or () if is_filled(cell))
             yield from (value for name in read if not callable(value := one.__globals__[name]))
             yield vars(one)
         elif hasattr(one, "__dict__") and _is_theirs(one):
@@ -72,7 +72,7 @@ class Unchanged:
 
     def _now(self) -> tuple[Any, ...]:
         values = [holder.get(name) for holder, name in self._names]
-        values += [cell.cell_contents if _is_set(cell) else None for cell in self._cells]
+        values += [cell.cell_contents if is_filled(cell) else None for cell in self._cells]
         for held in self._lists:
             values += held
         return (
@@ -91,7 +91,8 @@ def _same(one: Any, other: Any) -> bool:
     return is_(one, other) or (type(one) is type(other) and isinstance(one, _PLAIN) and one == other)
 
 
-def _is_set(cell: CellType) -> bool:
+def is_filled(cell: CellType) -> bool:
+    """Whether a closure's cell holds anything yet."""
     try:
         cell.cell_contents  # noqa: B018
     except ValueError:

@@ -122,3 +122,20 @@ def test_a_first_batch_that_is_not_finite_does_not_hinder(spec, tmp_path):
     changed = recipe(data=sf.Arrays(x, y), optimizer=spec)
     built = build(changed, RunFolder(tmp_path / "run"), COMPILED)
     assert built.notes[0].startswith("compiled: the whole step")
+
+
+def test_a_forward_pass_that_was_compiled_and_cannot_be_is_not_continued_otherwise(tmp_path, monkeypatch):
+    changed = recipe(optimizer=radam, until=8)
+    for outcome in sf.steps(changed, out=tmp_path, operations=COMPILED):
+        if outcome.step == 4:
+            break
+
+    def fails(*of, **options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("surefoot.choice.probe", fails)
+    with pytest.raises(
+        sf.OperationsError, match="was compiled, and cannot be here: .*no compiler"
+    ) as refused:
+        sf.fit(changed, out=tmp_path)
+    assert "they agree to rounding only" in str(refused.value)

@@ -161,8 +161,12 @@ def _forward(q: Question, why: str) -> Choice:
         raise
     except Exception as error:
         forget_failed_traces()
+        what = "compute.compile = on: nothing can be compiled here"
+        if q.asked == "auto":  # an attempt before has done so
+            what = "the forward pass of this run was compiled, and cannot be here"
+            why = "Compiled and not, they agree to rounding only."
         raise OperationsError(
-            f"compute.compile = {q.asked}: nothing can be compiled here: {first_line(error)}",
+            f"{what}: {first_line(error)}",
             why=why,
             fix="torch.compile needs a C++ compiler on a CPU (g++); or go on without, equal to rounding: "
             "--compile off, or --set compute.compile=off.",

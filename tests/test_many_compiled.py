@@ -134,8 +134,6 @@ def test_a_forward_pass_that_was_compiled_and_cannot_be_is_not_continued_otherwi
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr("surefoot.choice.probe", fails)
-    with pytest.raises(
-        sf.OperationsError, match="was compiled, and cannot be here: .*no compiler"
-    ) as refused:
+    with pytest.raises(sf.OperationsError, match=r"and cannot be here: .*no compiler") as refused:
         sf.fit(changed, out=tmp_path)
     assert "they agree to rounding only" in str(refused.value)

@@ -1,11 +1,11 @@
 """The whole step as one CUDA graph: what `train_step` does on a GPU, captured once, and launched as one.
 
-A small step on a GPU is a hundred kernels that take a microsecond each, and ten microseconds each to be
-launched one by one. The kernels of a graph are those of eager mode, so its steps have the same bits. What
-changes from step to step lies where the graph reads it: the batch, the rates, the seed of its random
-numbers, and the limits within which the guard permits an update. All else is constant: a step in which
-something done before has a say, with a sample left out, or with a batch of a form that was not seen before,
-is left to `train_step`.
+A small step on a GPU is many kernels of about a microsecond, each of which takes the host longer to launch.
+Those of a graph are the ones of eager mode, so its steps should have the same bits; what is known of that
+is in docs/decisions/0020. What changes from step to step lies where the graph reads it: the batch, the
+rates, the seed of its random numbers, and the limits within which the guard permits an update. All else is
+constant: a step in which something done before has a say, with a sample left out, or with a batch of a form
+that was not seen before, is left to `train_step`.
 """
 
 from __future__ import annotations
@@ -168,9 +168,8 @@ class Captured:
                 ):
                     attempt = train_step(parts, static, multiplier, inside=inside)
                     attempt = attempt._replace(packed=pack(list(attempt.numbers())))
-            except (
-                BaseException
-            ):  # torch leaves its stream, its pool and its generator as within the capture
+            except BaseException:
+                # Torch leaves stream, pool and generator as they were within the capture.
                 torch.cuda.set_stream(stream)
                 with suppress(Exception):
                     torch._C._cuda_endAllocateToPool(stream.device_index, pool)

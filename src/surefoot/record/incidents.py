@@ -270,7 +270,7 @@ def _uncompiled(event: Event) -> Incident:
             "steps of one kind are not captured",
             "uncompiled",
             cause=str(event["reason"]),
-            action="they are eager ones: slower, with the same bits",
+            action="they are eager ones: slower",
             advice="If the GPU's memory is short, make batch.micro smaller.",
         )
     return _incident(

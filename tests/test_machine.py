@@ -18,6 +18,7 @@ from conftest import ROOT, blobs, recipe, surefoot, surefoot_process
 from torch.utils.data import DataLoader
 
 import surefoot as sf
+from surefoot.checkpoint.kept import Checkpoint, list_checkpoints
 from surefoot.checkpoint.store import DirectoryStore
 from surefoot.checkpoint.writer import Writer
 from surefoot.cli.recipe_file import RecipeFile
@@ -211,10 +212,12 @@ def test_best_pinned_and_certified_checkpoints_stay(tmp_path):
     x, y = blobs(64, seed=1)
     changed = recipe(until=400, validation=sf.Validation(sf.Arrays(x, y), every=20))
     kept = {"every": 20, "keep_last": 2, "keep_best": 1}
-    for outcome in sf.steps(changed, out=tmp_path / "run", operations=sf.Operations(checkpoint=kept)):
-        if outcome.step == 30:
-            (first,) = [p for p in (tmp_path / "run/checkpoints").iterdir() if p.is_dir()]
-            first.with_name(first.name + ".pin").touch()
+    pinned: list[Checkpoint] = []
+    for _ in sf.steps(changed, out=tmp_path / "run", operations=sf.Operations(checkpoint=kept)):
+        if not pinned:
+            pinned = list_checkpoints(tmp_path / "run/checkpoints")[:1]
+            for checkpoint in pinned:
+                checkpoint.mark("pin").touch()
         time.sleep(0.0005)
     view = sf.open_run(tmp_path / "run")
     losses = {e["step"]: e["metrics"]["loss"] for e in view.events() if e["kind"] == "validated"}

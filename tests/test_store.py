@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, and no altered byte is ever used."""
 
+import errno
 import hashlib
 import json
 import math
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections import deque
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -46,6 +48,23 @@ def assert_same(a, b):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[k], other[k]) and one[k].dtype == other[k].dtype for k in one)
     assert a.facts == b.facts
+
+
+def test_what_lies_under_a_temporary_name_hinders_no_checkpoint(tmp_path):
+    """A file, a link, or what cannot be removed (an open file on NFS); all but the last are swept."""
+    store = DirectoryStore(tmp_path / "c")
+    store.save(snapshot(5), 5)
+    (store.path / ".tmp-000001-000000005.pin").touch()
+    (store.path / ".trash-link").symlink_to(tmp_path)
+    held = store.path / ".trash-000000-000000001"
+    held.mkdir()
+    with patch("shutil.rmtree", side_effect=OSError(errno.EBUSY, "Device or resource busy")):
+        store.save(snapshot(10), 10)
+    assert [c.step for c in store.checkpoints()] == [5, 10]
+    assert [p for p in store.path.iterdir() if p.name.startswith(".")] == [held]
+    assert tmp_path.is_dir()
+    store.save(snapshot(15), 15)
+    assert not held.exists()
 
 
 def test_what_is_kept_comes_back(tmp_path):

@@ -190,9 +190,14 @@ class DirectoryStore:
             checkpoint.mark("certified").unlink(missing_ok=True)
 
     def _sweep(self) -> None:
+        """Removes what lies under a temporary name; what cannot be removed hinders no checkpoint."""
         for entry in self.path.iterdir():
             if entry.name.startswith((".tmp-", ".trash-")):
-                shutil.rmtree(entry)
+                with suppress(OSError):
+                    if entry.is_dir() and not entry.is_symlink():
+                        shutil.rmtree(entry)
+                    else:
+                        entry.unlink()
 
 
 def out_of_space(error: BaseException) -> bool:

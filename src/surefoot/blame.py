@@ -58,9 +58,12 @@ def _breaking(parts: Parts, batch: Minibatch, suspects: tuple[int, ...]) -> tupl
     groups = [suspects]
     while any(len(group) > 1 for group in groups):
         halves = [half for g in groups for half in (g[: len(g) // 2], g[len(g) // 2 :]) if half]
-        groups = [h for h in halves if not _is_finite(parts, batch, set(suspects) - set(h))]
-        if len(groups) > _MOST:  # not a few samples: the step itself
-            return ()
+        groups = []
+        for half in halves:
+            if not _is_finite(parts, batch, set(suspects) - set(half)):
+                groups.append(half)
+            if len(groups) > _MOST:  # not a few samples: the step itself
+                return ()
     found = tuple(sorted(i for group in groups for i in group))
     return found if found and _without(parts, batch, found) else ()
 

@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 
-.PHONY: demo test setup lint soak bench clean
+.PHONY: demo test setup lint tests soak bench clean
 
 setup: $(STAMP)
 
@@ -24,7 +24,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+test: setup
+	@$(MAKE) --no-print-directory -j 2 lint tests
+
+tests: setup
 	$(BIN)/python -m pytest -m 'not soak' -n 3 --dist worksteal
 
 soak: setup

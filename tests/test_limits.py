@@ -1,6 +1,8 @@
 """What the guard's limits are, by what its documentation says of them."""
 
+import json
 import math
+import random
 
 import pytest
 import torch
@@ -8,7 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surefoot.guard.arithmetic import Numbers, Tensors
-from surefoot.guard.detect import FINE, GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE, Statistics, judge, limits
+from surefoot.guard.detect import (
+    BURN_IN,
+    FINE,
+    GRADIENT_SPIKE,
+    LOSS_SPIKE,
+    NOT_FINITE,
+    Limits,
+    Statistics,
+    judge,
+    limits,
+    take_up,
+)
+from surefoot.guard.judge import Judge
 
 BELOW, ABOVE = 0.999, 1.001
 HOST, DEVICE = Numbers(), Tensors(torch.device("cpu"))
@@ -19,6 +33,7 @@ STATISTICS = st.builds(
     mean=st.floats(-10, 100),
     var=st.floats(0, 1e4),
     first=st.floats(0.01, 100),
+    peak=st.just(-math.inf),
 )
 
 
@@ -65,6 +80,60 @@ def test_a_loss_spike_is_12_deviations_3_means_and_the_first_loss_above_or_half_
     assert decided(xp, seen, rise=ABOVE * at_once)[0] == LOSS_SPIKE
     assert decided(xp, seen, rise=BELOW * lasting, was_high=True)[::2] == (FINE, False)
     assert decided(xp, seen, rise=ABOVE * lasting, was_high=True)[::2] == (LOSS_SPIKE, True)
+
+
+@pytest.mark.parametrize("xp", [HOST, DEVICE], ids=["host", "device"])
+@given(seen=STATISTICS, peak=st.floats(-10, 1e6), twice=st.booleans())
+def test_no_loss_is_a_spike_that_is_a_quarter_further_above_than_one_that_was_none(xp, seen, peak, twice):
+    deviation = deviations(seen)[1]
+    usual = max(12 * deviation, 3 * abs(seen.mean), (0.5 if twice else 1.0) * seen.first)
+    seen, least = seen._replace(peak=peak), max(usual, 1.25 * (peak - seen.mean))
+    assert decided(xp, seen, rise=BELOW * least, was_high=twice)[0] == FINE
+    assert decided(xp, seen, rise=ABOVE * least, was_high=twice)[0] == LOSS_SPIKE
+
+
+@pytest.mark.parametrize("xp", [HOST, DEVICE], ids=["host", "device"])
+@given(
+    seen=STATISTICS,
+    peak=st.just(-math.inf) | st.floats(0, 1e4),
+    rises=st.lists(st.floats(-1, 200) | st.sampled_from([math.nan, math.inf]), min_size=32, max_size=32),
+)
+def test_the_peak_is_the_highest_loss_that_stands_out_and_is_none(xp, seen, peak, rises):
+    """So it is never raised by what is refused, and at most by a quarter per block."""
+    deviation = deviations(seen)[1]
+    seen = seen._replace(peak=peak)
+    allowed = limits(HOST, seen)
+    losses = [seen.mean + rise * deviation for rise in rises]
+    found = take_up(
+        xp, Statistics(*map(xp.number, seen)), Limits(*map(xp.number, allowed)),
+        *(xp.together([xp.number(x) for x in values]) for values in (losses, [1.0] * 32)),
+    )  # fmt: skip
+    out = [x for x in losses if math.isfinite(x) and seen.mean + 6 * deviation < x <= allowed.high]
+    assert float(found.peak) == max([peak, *out])
+
+
+def test_a_state_of_an_earlier_version_knows_of_no_peak():
+    judge = Judge(torch.device("cpu"))
+    for _ in range(BURN_IN):
+        judge.take(1.0, 1.0)
+    kept = json.loads(json.dumps(judge.state_dict()))
+    assert kept["seen"][3] is None
+    kept["seen"].pop()
+    other = Judge(torch.device("cpu"))
+    other.load_state_dict(kept)
+    assert (other.seen, other.allowed) == (judge.seen, judge.allowed)
+
+
+def test_heavy_tails_that_were_let_pass_are_let_pass_again():
+    """A sample comes once in each epoch, for the first time while the losses still vary more. One that is
+    far beyond it is refused, however often it comes.
+    """
+    rng, judge = random.Random(0), Judge(torch.device("cpu"))
+    for step in range(10_000):
+        judge.take(5.0 + rng.gauss(0.0, 2.5 if step < 400 else 0.2), 1.0)
+        if step % 300 == 299:
+            assert judge.take(30.0, 1.0).verdict == FINE, step
+            assert judge.take(60.0, 1.0).verdict == LOSS_SPIKE, step
 
 
 @pytest.mark.parametrize("xp", [HOST, DEVICE], ids=["host", "device"])

@@ -86,6 +86,13 @@ class Numbers:
             squares += d * d
         return total, squares
 
+    @staticmethod
+    def highest(values: Sequence[float], those: list[bool], most: float) -> float:
+        """The highest of some of the values that is at most `most`; minus infinity without any."""
+        if all(those) and (top := max(values)) <= most:
+            return top
+        return max((v for v in Numbers.kept(values, those) if v <= most), default=-math.inf)
+
 
 class Tensors:
     """The same of 0-d float64 tensors, and of float64[n]; see `Numbers`. Nothing waits for the device."""
@@ -145,3 +152,8 @@ class Tensors:
         d = torch.where(those, values - mean, 0.0)
         d = torch.minimum(torch.maximum(d, -most), most)
         return d.sum(), (d * d).sum()
+
+    @staticmethod
+    def highest(values: Tensor, those: Tensor, most: Tensor) -> Tensor:
+        """See `Numbers.highest`."""
+        return torch.where(those & (values <= most), values, -torch.inf).amax()

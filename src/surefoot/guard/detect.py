@@ -28,6 +28,7 @@ _INFLATION = 1.03  # makes up for the variance that winsorising takes away
 _WINSOR = 6.0  # standard deviations
 _LEAST_DEVIATION = 0.05  # of the log norm
 _HIGH = 0.5  # of the first loss
+_RECORD = 1.25  # of a loss that was no spike
 _TINY = 1e-30
 
 Scalar = Any
@@ -36,7 +37,7 @@ Scalar = Any
 
 class Statistics(NamedTuple):
     """Running means and variances, of the log of the gradient's norm and of the loss. first: the first
-    loss.
+    loss. peak: the highest that stood out and was no spike; without one, minus infinity.
     """
 
     log_mean: Scalar
@@ -44,6 +45,7 @@ class Statistics(NamedTuple):
     mean: Scalar
     var: Scalar
     first: Scalar
+    peak: Scalar
 
 
 class Decision(NamedTuple):
@@ -89,8 +91,10 @@ def limits(xp: Any, seen: Statistics, *, early: bool = False) -> Limits:
 
     A gradient spike is more than 6 deviations and 10 times above what is usual; a loss spike more than 12
     deviations (small batches have long tails), the first loss and 3 times the mean above the mean; half the
-    first loss will do from the second such step in a row on, since long tails of the data do not last. A
-    gradient more than 3 deviations and twice above what is usual is shortened to 2 deviations above it.
+    first loss will do from the second such step in a row on, since long tails of the data do not last. No
+    loss is one that is at most a quarter further above the mean than `peak`: this run has had such losses,
+    and came to no harm by them. A gradient more than 3 deviations and twice above what is usual is
+    shortened to 2 deviations above it.
     """
     bounds = _EARLY if early else _USUAL
     norm_deviation, loss_deviation = _deviations(xp, seen)
@@ -104,7 +108,7 @@ def limits(xp: Any, seen: Statistics, *, early: bool = False) -> Limits:
         spike=norm(xp.maximum(bounds.wild * norm_deviation, xp.number(bounds.ratio))),
         long=norm(xp.maximum(bounds.long * norm_deviation, xp.number(bounds.long_ratio))),
         short=norm(2.0 * norm_deviation),
-        high=seen.mean + xp.maximum(rise, _HIGH * first),
+        high=seen.mean + xp.maximum(xp.maximum(rise, _HIGH * first), _RECORD * (seen.peak - seen.mean)),
         jump=seen.mean + first,
     )
 
@@ -141,13 +145,15 @@ def calm_below(allowed: Limits) -> tuple[float, float]:
     return min(allowed.high, sys.float_info.max), allowed.long  # an infinite loss is never fine
 
 
-def take_up(xp: Any, seen: Statistics, losses: Any, norms: Any) -> Statistics:
-    """The statistics with more steps, of which those count whose numbers are finite."""
+def take_up(xp: Any, seen: Statistics, allowed: Limits, losses: Any, norms: Any) -> Statistics:
+    """The statistics with more steps, which had these limits; those count whose numbers are finite."""
     finite = xp.finite(losses, norms)
     norm_deviation, loss_deviation = _deviations(xp, seen)
     logs = xp.logs(norms, _TINY)
     log_sum, log_squares = xp.winsorised(logs, finite, seen.log_mean, _WINSOR * norm_deviation)
     total, squares = xp.winsorised(losses, finite, seen.mean, _WINSOR * loss_deviation)
+    top = xp.highest(losses, finite, allowed.high)
+    stands_out = top > seen.mean + _WINSOR * loss_deviation
     each = (1 - _KEEP) / BLOCK
     keep, spread = 1 - each * xp.count(finite), each * _INFLATION
     return Statistics(
@@ -156,6 +162,7 @@ def take_up(xp: Any, seen: Statistics, losses: Any, norms: Any) -> Statistics:
         seen.mean + each * total,
         keep * seen.var + spread * squares,
         seen.first,
+        xp.where(stands_out, xp.maximum(seen.peak, top), seen.peak),
     )
 
 
@@ -178,6 +185,7 @@ def begin(xp: Any, losses: Any, norms: Any) -> Statistics:
         found(mean, 0.0),
         found(var, 1e30),
         found(xp.first(losses, finite), 0.0),
+        xp.number(-math.inf),
     )
 
 

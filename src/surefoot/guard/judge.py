@@ -68,7 +68,8 @@ class Judge:
         if self.seen is None:
             self.seen = self._begun()
         else:
-            self.seen = take_up(self._xp, self.seen, *self._waiting())
+            assert self.allowed is not None
+            self.seen = take_up(self._xp, self.seen, self.allowed, *self._waiting())
         self._losses, self._norms = [], []
         self._set_bounds()
 
@@ -136,13 +137,14 @@ class Judge:
         seen = state.get("seen")
         self.seen = None
         if seen:
-            (log_mean, mean), (log_var, var), first = seen
-            self.seen = Statistics(*map(self._xp.number, (log_mean, log_var, mean, var, first)))
+            (log_mean, mean), (log_var, var), first, peak = (*seen, None)[:4]
+            numbers = log_mean, log_var, mean, var, first, -math.inf if peak is None else peak
+            self.seen = Statistics(*map(self._xp.number, numbers))
         self.was_high = state.get("was_high", False)
         self._set_bounds()
 
 
 def _as_json(seen: Statistics) -> list[Any]:
     """As it is kept."""
-    log_mean, log_var, mean, var, first = map(float, seen)
-    return [[log_mean, mean], [log_var, var], first]
+    log_mean, log_var, mean, var, first, peak = map(float, seen)
+    return [[log_mean, mean], [log_var, var], first, None if peak == -math.inf else peak]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,6 +89,7 @@ class Keeper:
     _candidate: _Candidate | None = None
     _asked: dict[int, _Asked] = field(default_factory=dict)
     _is_kept: tuple[int, int] | None = None
+    _told_stuck: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         if isinstance(self.every, Cadence):
@@ -125,7 +127,8 @@ class Keeper:
         candidate = self._candidate
         if candidate and self.state.step >= candidate.checkpoint.step + _CERTIFIED_AFTER:
             if self.state.num_refused - candidate.num_refused < _FEW_REFUSED:
-                self.store.certify(candidate.checkpoint)
+                with suppress(OSError):  # then a later one will be
+                    self.store.certify(candidate.checkpoint)
             self._candidate, self.store.protected = None, None
 
     def keep(self, *, patience_s: float = _PATIENCE_S) -> None:
@@ -210,6 +213,11 @@ class Keeper:
             self._candidate = _Candidate(done.checkpoint, asked.num_refused)
             self.store.protected = done.checkpoint.seq
         self.record.event("checkpointed", step=done.step, **facts)
+        for name, error in list(self.store.stuck.items()):
+            if name not in self._told_stuck:
+                self._told_stuck.add(name)
+                told = f"{type(error).__name__}: {error}"
+                self.record.event("checkpoint_stuck", step=done.step, name=name, error=told)
         self.prepare_ballast()
 
     def _failed(self, error: Exception | None) -> None:
@@ -218,7 +226,7 @@ class Keeper:
         wait_s = min(most, first * 2.0 ** (self._failures - 1))
         self._retry_at = time.monotonic() + wait_s
         if error is not None and out_of_space(error):
-            self.ballast.unlink(missing_ok=True)  # the room for what follows
+            self.drop_ballast()  # the room for what follows
         kept = "none yet" if self.newest is None else f"at step {self.newest.step}"
         self.record.event(
             "checkpoint_failed",
@@ -228,6 +236,11 @@ class Keeper:
             retry_s=wait_s,
             newest_good=kept,
         )
+
+    def drop_ballast(self) -> None:
+        """Removes it, if it is there and can be removed."""
+        with suppress(OSError):
+            self.ballast.unlink()
 
     def prepare_ballast(self) -> None:
         """A file that is removed when the disk is full, so that the last state still finds room."""
@@ -242,9 +255,9 @@ class Keeper:
             finally:
                 os.close(fd)
         except OSError:
-            self.ballast.unlink(missing_ok=True)
+            self.drop_ballast()
         try:  # a process that was stopped just here writes into a directory that is another's by now
             self.record.lock.check()
         except RunDirectoryError:
-            self.ballast.unlink(missing_ok=True)
+            self.drop_ballast()
             raise

@@ -13,7 +13,7 @@ from surefoot.guard.history import History, Intervention
 from surefoot.identity import digest_of
 from surefoot.record.folder import RunFolder
 from surefoot.record.recorder import Recorder
-from surefoot.resume import TERMINAL, newest_sound
+from surefoot.resume import TERMINAL, fences, newest_sound
 from surefoot.run import RunView
 
 
@@ -46,7 +46,7 @@ def release(path: str | Path, ids: Sequence[int] | None = None) -> tuple[list[in
     record = None
     try:
         attempt = max((e["attempt"] for e in view.events(all_events=True)), default=1)
-        fence = max((c.manifest().get("fence", 0) for c in view.checkpoints()), default=attempt)
+        fence = max(fences(folder), default=attempt)
         run = view.identity["id"]
         store = DirectoryStore(
             folder.checkpoints,

@@ -79,7 +79,7 @@ def begin_or_continue(
         before, mended = identity_of(folder, identity, recipe)
         same_run(before, identity, folder.path)
         events, _ = read_events(folder.events_file)
-        attempt = 1 + max([e["attempt"] for e in events] + _fences(folder), default=0)
+        attempt = 1 + max([e["attempt"] for e in events] + fences(folder), default=0)
         mended += put_away_log(folder)
         opened = Opened(store(before["id"], attempt), notes=mended)
         rejected = _restore(state, opened, events, folder)
@@ -109,7 +109,7 @@ def begin_or_continue(
     return opened
 
 
-def _fences(folder: RunFolder) -> list[int]:
+def fences(folder: RunFolder) -> list[int]:
     """Numbers of the attempts that wrote checkpoints: events may be lost."""
     found = []
     for checkpoint in list_checkpoints(folder.checkpoints):
@@ -209,8 +209,11 @@ def _tell(
     for bad, why in rejected:
         reason = f"checkpoint {bad.path.name} rejected: {why}"
         if "is poisoned" not in why:
-            opened.store.quarantine(bad, folder.quarantine)
-            reason += f" Moved to {folder.quarantine.name}/."
+            try:
+                opened.store.quarantine(bad, folder.quarantine)
+                reason += f" Moved to {folder.quarantine.name}/."
+            except OSError as error:
+                reason += f" It could not be moved to {folder.quarantine.name}/: {error.strerror}."
         record.event("checkpoint_rejected", step=state.step, reason=reason)
         opened.notes.append(reason)
     name = checkpoint.path.name if checkpoint else ""

@@ -179,10 +179,14 @@ class RunView:
         for checkpoint in self.checkpoints():
             name = f"checkpoints/{checkpoint.path.name}"
             damage = checkpoint.damage(self.identity["id"])
-            findings += [Finding(f"{name}/{file}", what, offset) for file, what, offset in damage]
+            facts = {} if damage else _facts(checkpoint)
+            if live and not checkpoint.path.is_dir():
+                continue  # retention let it go meanwhile
+            findings += [
+                Finding(f"{name}/{file}".rstrip("/"), what, offset) for file, what, offset in damage
+            ]
             if damage:
                 continue
-            facts = checkpoint.facts()
             then = _history(facts)
             if not then.leads_to(history, checkpoint.step):
                 continue  # the run went back to before it, and the log has what came then

@@ -305,7 +305,7 @@ def _end(run: Run, **facts: Any) -> None:
     )
     if kept:
         if run.status in ("finished", "stopped_early"):
-            run.keeper.ballast.unlink(missing_ok=True)
+            run.keeper.drop_ballast()
         run.record.close()
         return
     run.record.abandon()  # the disk may hang

@@ -27,7 +27,7 @@ from surefoot.errors import FormatError, StateError
 
 SCHEMA = 2
 _READS = (2,)
-_NAME = re.compile(r"(\d{6,})-(\d{9,})")
+_NAME = re.compile(r"(\d{6,18})-(\d{9,18})")
 
 
 @dataclass(frozen=True, order=True)
@@ -89,7 +89,11 @@ class Checkpoint:
         if run is not None and manifest.get("run", run) != run:
             return [("MANIFEST.json", "belongs to another run", 0)]
         files = manifest["files"]
-        present = {p.name for p in self.path.iterdir()} - {"MANIFEST.json"}
+        try:
+            names = [p.name for p in self.path.iterdir()]
+        except OSError as error:
+            return [("", f"cannot be read: {error.strerror}", None)]
+        present = {n for n in names if not n.startswith(".")} - {"MANIFEST.json"}  # .DS_Store, .nfs...
         found: list[tuple[str, str, int | None]] = [
             (name, "the file is foreign", None) for name in sorted(present - set(files))
         ]

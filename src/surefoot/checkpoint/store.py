@@ -57,6 +57,8 @@ class DirectoryStore:
         self._verified: set[int] = set()
         self.protected: int | None = None
         """Seq of a checkpoint that stays until it is known whether it can be certified."""
+        self.stuck: dict[str, OSError] = {}
+        """Names of checkpoints that should have gone, and why they could not be removed."""
 
     def save(self, snapshot: Snapshot, step: int) -> Checkpoint:
         """Keeps a state and then lets go of what retention does not keep; returns when it is durable.
@@ -71,8 +73,12 @@ class DirectoryStore:
         self._sweep()
         before = self.checkpoints()
         seq = 1 + max((c.seq for c in before), default=0)
-        name = f"{seq:06d}-{step:09d}"
-        temporary, final = self.path / f".tmp-{name}", self.path / name
+        while True:
+            name = f"{seq:06d}-{step:09d}"
+            temporary, final = self.path / f".tmp-{name}", self.path / name
+            if not os.path.lexists(temporary) and not os.path.lexists(final):
+                break
+            seq += 1  # something else lies there, and cannot be removed or is not ours to remove
         temporary.mkdir()
         try:
             facts = {**snapshot.facts, **snapshot.more({**snapshot.frozen, **snapshot.model})}
@@ -101,7 +107,7 @@ class DirectoryStore:
             raise
         sync_directory(self.path)
         self._verified.add(seq)
-        with suppress(OSError):  # what could not be removed is tried again after the next
+        with suppress(OSError):
             self._retain()
         return Checkpoint(seq, step, final)
 
@@ -128,12 +134,20 @@ class DirectoryStore:
         )
 
     def certify(self, checkpoint: Checkpoint) -> None:
-        """Marks that enough healthy updates followed; retention then never lets the newest such go."""
+        """Marks that enough healthy updates followed; retention then never lets the newest such go.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
         if checkpoint.path.exists():
             checkpoint.mark("certified").touch()
 
     def quarantine(self, checkpoint: Checkpoint, where: Path) -> None:
-        """Moves a checkpoint that was rejected out of the way, for whoever wants to look at it."""
+        """Moves a checkpoint that was rejected out of the way, for whoever wants to look at it.
+
+        Raises:
+            OSError: it stays where it is.
+        """
         where.mkdir(exist_ok=True)
         number, target = 1, where / checkpoint.path.name
         while target.exists():
@@ -175,6 +189,7 @@ class DirectoryStore:
         return write_durably(temporary / name, safetensors_chunks(tensors))
 
     def _retain(self) -> None:
+        """What need not stay goes; what cannot be removed is noted, and tried again after the next."""
         by_seq = {c.seq: c for c in self.checkpoints()}
         kept = [c.kept(verified=c.seq in self._verified) for c in by_seq.values()]
         rules = self._retention
@@ -184,10 +199,13 @@ class DirectoryStore:
         for one in expendable(kept, rules, now_s=time.time()):
             checkpoint = by_seq[one.seq]
             trash = self.path / f".trash-{checkpoint.path.name}"
-            os.rename(checkpoint.path, trash)  # so that a kill leaves no half of it under its name
-            sync_directory(self.path)
-            shutil.rmtree(trash)
-            checkpoint.mark("certified").unlink(missing_ok=True)
+            try:
+                os.rename(checkpoint.path, trash)  # so that a kill leaves no half of it under its name
+                sync_directory(self.path)
+                shutil.rmtree(trash)
+                checkpoint.mark("certified").unlink(missing_ok=True)
+            except OSError as error:
+                self.stuck.setdefault(checkpoint.path.name, error)
 
     def _sweep(self) -> None:
         """Removes what lies under a temporary name; what cannot be removed hinders no checkpoint."""

@@ -58,6 +58,8 @@ def main() -> None:
     try:
         app(prog_name="surefoot")
     except _Interrupted:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would change nothing but the exit code
         err.print("interrupted")
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of a pipe has had enough
@@ -283,7 +285,7 @@ def runs(
         for identity in sorted(folder.rglob("run.json")):
             try:
                 summaries.append(open_run(identity.parent).summary())
-            except SurefootError as error:
+            except (SurefootError, OSError) as error:
                 err.print(f"{identity.parent}: {error}", style="yellow", markup=False, soft_wrap=True)
         if as_json:
             tables.print_json(summaries)

@@ -92,7 +92,7 @@ class HangWatch:
         try:
             self._sweep()
             self._folder.mkdir(exist_ok=True)
-            file = path.open("wb")
+            file = path.open("wb", buffering=0)
         except OSError:
             return
         told = False
@@ -105,8 +105,8 @@ class HangWatch:
                     seen, since, told = now, time.monotonic(), False
                 elif not told and time.monotonic() - since > self._after_s:
                     told = True
-                    file.write(_stacks().encode())
-                    file.flush()
+                    with suppress(OSError):  # a full disk may be why; that there was a hang is told
+                        file.write(_stacks().encode())
                     self._notice(time.monotonic() - since, path)
         finally:
             faulthandler.cancel_dump_traceback_later()

@@ -111,7 +111,7 @@ class RunFolder:
         """Renames a run that lies here to ``<name>.old-<n>``; nothing is removed.
 
         Raises:
-            RunDirectoryError: something else lies here, or the run is in use.
+            RunDirectoryError: something else lies here, the run is in use, or it cannot be renamed.
         """
         if not self.holds_run():
             return
@@ -119,10 +119,21 @@ class RunFolder:
             raise RunDirectoryError(
                 f"{self.path} is in use by another process.", fix="Wait for it, or give another --out."
             )
+        if self.path.name in ("", ".."):  # and whatever is meant by it would move along
+            raise RunDirectoryError(
+                f"{self.path} cannot be moved aside from within.", fix="Give the folder by its name."
+            )
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1
-        self.path.rename(aside)
+        try:
+            self.path.rename(aside)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{self.path} cannot be renamed to {aside.name}: {error.strerror}.",
+                why="A run is moved aside as a whole; a mounted folder, say, cannot be.",
+                fix="Give a folder within it as --out.",
+            ) from error
 
     def is_running(self) -> bool:
         """Whether a process is writing to this run now."""

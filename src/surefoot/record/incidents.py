@@ -204,6 +204,18 @@ def _not_kept(event: Event) -> Incident:
     )
 
 
+def _stuck(event: Event) -> Incident:
+    return _incident(
+        event,
+        "a checkpoint that need not stay could not be removed",
+        "checkpoint-failed",
+        cause=event["error"],
+        evidence=f"checkpoint {event['name']}",
+        action="training goes on; tried again after each later one",
+        advice="Look who holds it, or remove it yourself, before the disk is full.",
+    )
+
+
 def _poisoned(event: Event) -> Incident:
     return _incident(
         event,
@@ -297,6 +309,7 @@ _KINDS: dict[str, Callable[[Event], Incident | None]] = {
     "worker_replaced": _worker,
     "checkpoint_failed": _not_kept,
     "checkpoint_poisoned": _poisoned,
+    "checkpoint_stuck": _stuck,
     "checkpoint_rejected": _rejected,
     "mended": _mended,
     "took_over": _took_over,

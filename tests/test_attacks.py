@@ -258,9 +258,12 @@ def test_a_signal_to_the_whole_group(tmp_path, number):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_the_loop_begins(tmp_path, number):
-    slow = write(tmp_path, code="import time\ntime.sleep(30)\n" + GOOD)
-    process = surefoot_process("train", slow, "--out", tmp_path / "run")
-    time.sleep(2.5)
+    up = tmp_path / "up"
+    code = f"import pathlib, time\npathlib.Path({str(up)!r}).touch()\ntime.sleep(30)\n"
+    process = surefoot_process("train", write(tmp_path, code=code + GOOD), "--out", tmp_path / "run")
+    while not up.exists():
+        time.sleep(0.01)
+        assert process.poll() is None
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 75, err
@@ -769,7 +772,8 @@ def test_a_process_that_waits_for_the_lock_never_gets_one_without_a_name(tmp_pat
         file = pathlib.Path(sys.argv[1])
         mine = lock.take(file, [])
         print("has it", flush=True)
-        time.sleep(float(sys.argv[2]))
+        while not pathlib.Path(sys.argv[2]).exists():
+            time.sleep(0.01)
         if len(sys.argv) > 3:
             file.unlink()
         mine.release()
@@ -779,11 +783,15 @@ def test_a_process_that_waits_for_the_lock_never_gets_one_without_a_name(tmp_pat
         command = [sys.executable, "-c", code, str(tmp_path / "LOCK"), *arguments]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    first = start("1.5", "remove")
+    one, other = tmp_path / "one", tmp_path / "other"
+    first = start(str(one), "remove")
     assert first.stdout.readline() == "has it\n"
-    second = start("4")
+    second = start(str(other))
+    time.sleep(1.5)  # it is waiting by now
+    one.touch()
     assert second.stdout.readline() == "has it\n"
-    third = start("0")
-    _, err = third.communicate(timeout=30)
+    third = start(str(other))
+    _, err = third.communicate(timeout=60)
     assert "in use by process" in err, err
+    other.touch()
     assert (first.wait(), second.wait()) == (0, 0)

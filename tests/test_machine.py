@@ -210,7 +210,7 @@ def test_a_cadence_by_cost():
 
 def test_best_pinned_and_certified_checkpoints_stay(tmp_path):
     x, y = blobs(64, seed=1)
-    changed = recipe(until=400, validation=sf.Validation(sf.Arrays(x, y), every=20))
+    changed = recipe(until=1000, validation=sf.Validation(sf.Arrays(x, y), every=20))
     kept = {"every": 20, "keep_last": 2, "keep_best": 1}
     pinned: list[Checkpoint] = []
     for _ in sf.steps(changed, out=tmp_path / "run", operations=sf.Operations(checkpoint=kept)):
@@ -222,10 +222,10 @@ def test_best_pinned_and_certified_checkpoints_stay(tmp_path):
     view = sf.open_run(tmp_path / "run")
     losses = {e["step"]: e["metrics"]["loss"] for e in view.events() if e["kind"] == "validated"}
     steps = [c.step for c in view.checkpoints()]
-    assert {20, 380, 400, min(losses, key=losses.get)} <= set(steps)
+    assert {pinned[0].step, 980, 1000, min(losses, key=losses.get)} <= set(steps)
     certified = [c.step for c in view.checkpoints() if c.mark("certified").exists()]
     assert certified
-    assert max(certified) <= 300
+    assert max(certified) <= 650
 
 
 # ------------------------------------------------------------------------- budgets
@@ -394,7 +394,7 @@ def test_a_hang_is_reported_with_every_threads_stack(tmp_path):
     (tmp_path / "armed").touch()
     done = surefoot("train", "mine.py", "--out", "run", "--set", "hang_after=1s", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    (hang,) = [e for e in sf.open_run(tmp_path / "run").events() if e["kind"] == "hang"]
+    hang = [e for e in sf.open_run(tmp_path / "run").events() if e["kind"] == "hang"][-1]
     stacks = (tmp_path / "run" / hang["stacks"]).read_text()
     assert 'mine.py"' in stacks
     assert "__getitem__" in stacks

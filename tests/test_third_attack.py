@@ -185,11 +185,13 @@ def test_a_step_that_does_not_end_does_not_hold_up_sigterm(tmp_path):
         cwd=tmp_path,
     )  # fmt: skip
     wait_for_steps(tmp_path / "run", 20, process)
-    time.sleep(0.5)
+    view = sf.open_run(tmp_path / "run")
+    while not view.checkpoints() or view.checkpoints()[-1].step < 20:
+        time.sleep(0.01)
+        assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 75
-    view = sf.open_run(tmp_path / "run")
     assert (view.status, view.checkpoints()[-1].step) == ("preempted", 20)
     assert "no step ended within checkpoint.grace" in view.summary()["reason"]
 

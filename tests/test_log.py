@@ -64,6 +64,26 @@ def test_more_rows_than_the_ring_holds(tmp_path):
     assert_rows(read_log(tmp_path / "steps").columns, range(RING_ROWS + 1000))
 
 
+def test_it_is_closed_after_an_interruption_that_still_holds_its_memory(tmp_path, monkeypatch):
+    """A second Ctrl-C while rows are sealed: its traceback has the array over the ring."""
+    log = StepLog(tmp_path / "steps")
+    for i in range(10):
+        log.append(row(i))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("surefoot.record.log.np.arange", interrupted)
+        with pytest.raises(KeyboardInterrupt) as held:
+            log.seal()
+    log.close()
+    assert held.value.__traceback__ is not None
+    found = read_log(tmp_path / "steps")
+    assert_rows(found.columns, range(10))
+    assert found.damage == []
+
+
 WRITER = """
 import sys
 from pathlib import Path

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from surefoot.checkpoint.ballast import Ballast
 from surefoot.checkpoint.retention import Retention
 from surefoot.checkpoint.writer import Writer
 from surefoot.choice import Choice, Extent, kept_choice
@@ -101,10 +102,10 @@ def _build(
         every=made.keep_every,
         total=made.total,
         deadline_s=seconds(operations.checkpoint.grace, name="checkpoint.grace"),
-        ballast=folder.ballast,
+        ballast=Ballast(folder.ballast, record.lock.check),
         newest=opened.checkpoint,
     )
-    keeper.prepare_ballast()
+    keeper.ballast.prepare(state.num_bytes())
     notes += made.doubts()
     course = made.course(made.feed(record.event), opened.store, record, _rows(folder, state))
     if not opened.environment_changed:

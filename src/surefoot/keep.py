@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from surefoot.checkpoint.ballast import Ballast
 from surefoot.checkpoint.kept import Checkpoint
 from surefoot.checkpoint.store import DirectoryStore, out_of_space
 from surefoot.checkpoint.writer import Writer, Written
 from surefoot.data.plan import Cadence
-from surefoot.errors import RunDirectoryError
 from surefoot.record.recorder import Recorder
 from surefoot.state import RunState
 
@@ -26,7 +24,6 @@ _PATIENCE_S = 30.0
 _TRIES_S = (0.0, 1.0, 4.0)
 """Pauses before each try to write the last state of a run."""
 _BACK_OFF_S = (1.0, 60.0)
-_BALLAST_BYTES = (1 << 20, 64 << 20)
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class Keeper:
     every: Cadence | float | Auto
     total: int
     deadline_s: float
-    ballast: Path
+    ballast: Ballast
     newest: Checkpoint | None = None
     poisoned: bool = False
     due_step: int = 0
@@ -218,7 +215,7 @@ class Keeper:
                 self._told_stuck.add(name)
                 told = f"{type(error).__name__}: {error}"
                 self.record.event("checkpoint_stuck", step=done.step, name=name, error=told)
-        self.prepare_ballast()
+        self.ballast.prepare(self.state.num_bytes())
 
     def _failed(self, error: Exception | None) -> None:
         self._failures += 1
@@ -226,7 +223,7 @@ class Keeper:
         wait_s = min(most, first * 2.0 ** (self._failures - 1))
         self._retry_at = time.monotonic() + wait_s
         if error is not None and out_of_space(error):
-            self.drop_ballast()  # the room for what follows
+            self.ballast.drop()  # the room for what follows
         kept = "none yet" if self.newest is None else f"at step {self.newest.step}"
         self.record.event(
             "checkpoint_failed",
@@ -236,28 +233,3 @@ class Keeper:
             retry_s=wait_s,
             newest_good=kept,
         )
-
-    def drop_ballast(self) -> None:
-        """Removes it, if it is there and can be removed."""
-        with suppress(OSError):
-            self.ballast.unlink()
-
-    def prepare_ballast(self) -> None:
-        """A file that is removed when the disk is full, so that the last state still finds room."""
-        if self.ballast.exists():
-            return
-        least, most = _BALLAST_BYTES
-        size = min(max(least, self.state.num_bytes() * 5 // 4), most)
-        try:
-            fd = os.open(self.ballast, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                os.posix_fallocate(fd, 0, size)
-            finally:
-                os.close(fd)
-        except OSError:
-            self.drop_ballast()
-        try:  # a process that was stopped just here writes into a directory that is another's by now
-            self.record.lock.check()
-        except RunDirectoryError:
-            self.drop_ballast()
-            raise

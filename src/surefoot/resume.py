@@ -209,11 +209,10 @@ def _tell(
     for bad, why in rejected:
         reason = f"checkpoint {bad.path.name} rejected: {why}"
         if "is poisoned" not in why:
-            try:
+            with suppress(OSError):  # then it stays where it is
                 opened.store.quarantine(bad, folder.quarantine)
-                reason += f" Moved to {folder.quarantine.name}/."
-            except OSError as error:
-                reason += f" It could not be moved to {folder.quarantine.name}/: {error.strerror}."
+            moved = "It could not be moved" if bad.path.exists() else "Moved"
+            reason += f" {moved} to {folder.quarantine.name}/."
         record.event("checkpoint_rejected", step=state.step, reason=reason)
         opened.notes.append(reason)
     name = checkpoint.path.name if checkpoint else ""

@@ -305,7 +305,7 @@ def _end(run: Run, **facts: Any) -> None:
     )
     if kept:
         if run.status in ("finished", "stopped_early"):
-            run.keeper.drop_ballast()
+            run.keeper.ballast.drop()
         run.record.close()
         return
     run.record.abandon()  # the disk may hang

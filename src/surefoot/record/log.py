@@ -12,6 +12,7 @@ import os
 import struct
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from zlib import crc32
 
@@ -102,7 +103,6 @@ class StepLog:
             where = np.arange(self._sealed, self._count) % RING_ROWS
             self._waiting.append((self._sealed, num_rows, ring[where].T.tobytes()))
             self._sealed = self._count
-            del ring  # an error that is handed on would hold it, and the file could not be closed
         try:
             while self._waiting:
                 self._write_block(*self._waiting[0])
@@ -142,7 +142,8 @@ class StepLog:
             self.make_durable()
         finally:
             os.close(self._blocks)
-            self._tail.close()
+            with suppress(BufferError):  # of an error that came in `seal`, and still holds it
+                self._tail.close()
 
     def _open_blocks(
         self, path: Path, columns: Sequence[Column], run: str

@@ -772,7 +772,9 @@ def test_a_process_that_waits_for_the_lock_never_gets_one_without_a_name(tmp_pat
         file = pathlib.Path(sys.argv[1])
         mine = lock.take(file, [])
         print("has it", flush=True)
-        while not pathlib.Path(sys.argv[2]).exists():
+        for _ in range(12000):
+            if pathlib.Path(sys.argv[2]).exists():
+                break
             time.sleep(0.01)
         if len(sys.argv) > 3:
             file.unlink()

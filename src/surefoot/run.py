@@ -175,8 +175,9 @@ class RunView:
         if begun.get("run", self.identity["id"]) != self.identity["id"]:
             findings.append(Finding("events.jsonl", f"belongs to another run, {begun['run']}", 0))
         findings += self._missing(events)
+        kept = self.checkpoints()  # first: the log may grow meanwhile
         log, history = lineage(self._rows()), self.history()
-        for checkpoint in self.checkpoints():
+        for checkpoint in kept:
             name = f"checkpoints/{checkpoint.path.name}"
             damage = checkpoint.damage(self.identity["id"])
             facts = {} if damage else _facts(checkpoint)
@@ -190,9 +191,9 @@ class RunView:
             then = _history(facts)
             if not then.leads_to(history, checkpoint.step):
                 continue  # the run went back to before it, and the log has what came then
-            kept, told = facts["ledger"], self._ledger_at(checkpoint.step, log, then)
-            if told != kept:
-                what = f"the ledger is {kept[:12]}..., but plan and log give {told and told[:12]}..."
+            ledger, told = facts["ledger"], self._ledger_at(checkpoint.step, log, then)
+            if told != ledger:
+                what = f"the ledger is {ledger[:12]}..., but plan and log give {told and told[:12]}..."
                 findings.append(Finding(name, what))
         return findings
 

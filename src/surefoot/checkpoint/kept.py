@@ -27,7 +27,7 @@ from surefoot.errors import FormatError, StateError
 
 SCHEMA = 2
 _READS = (2,)
-_NAME = re.compile(r"(\d{6,18})-(\d{9,18})")
+_NAME = re.compile(r"(\d{6,9})-(\d{9,18})")  # what has a higher number was not written by a run
 
 
 @dataclass(frozen=True, order=True)

@@ -201,9 +201,9 @@ class DirectoryStore:
             trash = self.path / f".trash-{checkpoint.path.name}"
             try:
                 os.rename(checkpoint.path, trash)  # so that a kill leaves no half of it under its name
+                checkpoint.mark("certified").unlink(missing_ok=True)
                 sync_directory(self.path)
                 shutil.rmtree(trash)
-                checkpoint.mark("certified").unlink(missing_ok=True)
             except OSError as error:
                 self.stuck.setdefault(checkpoint.path.name, error)
 

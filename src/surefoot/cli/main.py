@@ -58,9 +58,10 @@ def main() -> None:
     try:
         app(prog_name="surefoot")
     except _Interrupted:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would change nothing but the exit code
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one changes nothing any more
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         err.print("interrupted")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # for what may hang while the interpreter ends
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of a pipe has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -87,11 +87,16 @@ class Numbers:
         return total, squares
 
     @staticmethod
-    def highest(values: Sequence[float], those: list[bool], most: float) -> float:
-        """The highest of some of the values that is at most `most`; minus infinity without any."""
-        if all(those) and (top := max(values)) <= most:
+    def highest(
+        values: Sequence[float], norms: Sequence[float], those: list[bool], most: float, most_norm: float
+    ) -> float:
+        """The highest of some of the values, of those that are at most `most` and whose norm is at most
+        `most_norm`; minus infinity without any.
+        """
+        if all(those) and max(norms) <= most_norm and (top := max(values)) <= most:
             return top
-        return max((v for v in Numbers.kept(values, those) if v <= most), default=-math.inf)
+        found = zip(values, norms, those, strict=True)
+        return max((v for v, n, keep in found if keep and v <= most and n <= most_norm), default=-math.inf)
 
 
 class Tensors:
@@ -154,6 +159,7 @@ class Tensors:
         return d.sum(), (d * d).sum()
 
     @staticmethod
-    def highest(values: Tensor, those: Tensor, most: Tensor) -> Tensor:
+    def highest(values: Tensor, norms: Tensor, those: Tensor, most: Tensor, most_norm: Tensor) -> Tensor:
         """See `Numbers.highest`."""
-        return torch.where(those & (values <= most), values, -torch.inf).amax()
+        keep = those & (values <= most) & (norms <= most_norm)
+        return torch.where(keep, values, -torch.inf).amax()

@@ -28,7 +28,7 @@ _INFLATION = 1.03  # makes up for the variance that winsorising takes away
 _WINSOR = 6.0  # standard deviations
 _LEAST_DEVIATION = 0.05  # of the log norm
 _HIGH = 0.5  # of the first loss
-_RECORD = 1.25  # of a loss that was no spike
+_AS_BEFORE = 1.25  # of the height of a loss that was no spike
 _TINY = 1e-30
 
 Scalar = Any
@@ -37,7 +37,7 @@ Scalar = Any
 
 class Statistics(NamedTuple):
     """Running means and variances, of the log of the gradient's norm and of the loss. first: the first
-    loss. peak: the highest that stood out and was no spike; without one, minus infinity.
+    loss. height: how far above the mean the highest was that stood out and was no spike.
     """
 
     log_mean: Scalar
@@ -45,7 +45,7 @@ class Statistics(NamedTuple):
     mean: Scalar
     var: Scalar
     first: Scalar
-    peak: Scalar
+    height: Scalar
 
 
 class Decision(NamedTuple):
@@ -91,10 +91,10 @@ def limits(xp: Any, seen: Statistics, *, early: bool = False) -> Limits:
 
     A gradient spike is more than 6 deviations and 10 times above what is usual; a loss spike more than 12
     deviations (small batches have long tails), the first loss and 3 times the mean above the mean; half the
-    first loss will do from the second such step in a row on, since long tails of the data do not last. No
-    loss is one that is at most a quarter further above the mean than `peak`: this run has had such losses,
-    and came to no harm by them. A gradient more than 3 deviations and twice above what is usual is
-    shortened to 2 deviations above it.
+    first loss will do from the second such step in a row on, since long tails of the data do not last. A
+    loss that is at most a quarter further above the mean than one that stood out and was none is no spike
+    either: this is what the data are like. A gradient more than 3 deviations and twice above what is usual
+    is shortened to 2 deviations above it.
     """
     bounds = _EARLY if early else _USUAL
     norm_deviation, loss_deviation = _deviations(xp, seen)
@@ -103,14 +103,20 @@ def limits(xp: Any, seen: Statistics, *, early: bool = False) -> Limits:
     def norm(above: Scalar) -> Scalar:
         return xp.exp(xp.minimum(seen.log_mean + above, xp.number(_MOST_LOG)))
 
-    rise = xp.maximum(bounds.wild_loss * loss_deviation, bounds.rise * abs(seen.mean))
+    rise = _rise(xp, seen, bounds, loss_deviation)
     return Limits(
         spike=norm(xp.maximum(bounds.wild * norm_deviation, xp.number(bounds.ratio))),
         long=norm(xp.maximum(bounds.long * norm_deviation, xp.number(bounds.long_ratio))),
         short=norm(2.0 * norm_deviation),
-        high=seen.mean + xp.maximum(xp.maximum(rise, _HIGH * first), _RECORD * (seen.peak - seen.mean)),
+        high=seen.mean + xp.maximum(rise, _AS_BEFORE * seen.height),
         jump=seen.mean + first,
     )
+
+
+def _rise(xp: Any, seen: Statistics, bounds: _Bounds, loss_deviation: Scalar) -> Scalar:
+    """Above the mean, up to which no loss is a spike, whatever this run had before."""
+    rise = xp.maximum(bounds.wild_loss * loss_deviation, bounds.rise * abs(seen.mean))
+    return xp.maximum(rise, _HIGH * abs(seen.first))
 
 
 def judge(
@@ -152,8 +158,9 @@ def take_up(xp: Any, seen: Statistics, allowed: Limits, losses: Any, norms: Any)
     logs = xp.logs(norms, _TINY)
     log_sum, log_squares = xp.winsorised(logs, finite, seen.log_mean, _WINSOR * norm_deviation)
     total, squares = xp.winsorised(losses, finite, seen.mean, _WINSOR * loss_deviation)
-    top = xp.highest(losses, finite, allowed.high)
-    stands_out = top > seen.mean + _WINSOR * loss_deviation
+    most = seen.mean + _rise(xp, seen, _USUAL, loss_deviation)  # or each block could add a quarter
+    height = xp.highest(losses, norms, finite, most, allowed.spike) - seen.mean
+    stands_out = height > _WINSOR * loss_deviation
     each = (1 - _KEEP) / BLOCK
     keep, spread = 1 - each * xp.count(finite), each * _INFLATION
     return Statistics(
@@ -162,7 +169,7 @@ def take_up(xp: Any, seen: Statistics, allowed: Limits, losses: Any, norms: Any)
         seen.mean + each * total,
         keep * seen.var + spread * squares,
         seen.first,
-        xp.where(stands_out, xp.maximum(seen.peak, top), seen.peak),
+        xp.where(stands_out, xp.maximum(seen.height, height), seen.height),
     )
 
 
@@ -185,7 +192,7 @@ def begin(xp: Any, losses: Any, norms: Any) -> Statistics:
         found(mean, 0.0),
         found(var, 1e30),
         found(xp.first(losses, finite), 0.0),
-        xp.number(-math.inf),
+        xp.number(0.0),
     )
 
 

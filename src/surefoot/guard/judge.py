@@ -127,6 +127,7 @@ class Judge:
             "losses": [float(x) for x in self._losses],
             "norms": [float(x) for x in self._norms],
             "seen": None if seen is None else _as_json(seen),
+            "height": 0.0 if seen is None else float(seen.height),
             "was_high": bool(self.was_high),
         }
 
@@ -137,8 +138,8 @@ class Judge:
         seen = state.get("seen")
         self.seen = None
         if seen:
-            (log_mean, mean), (log_var, var), first, peak = (*seen, None)[:4]
-            numbers = log_mean, log_var, mean, var, first, -math.inf if peak is None else peak
+            (log_mean, mean), (log_var, var), first = seen
+            numbers = log_mean, log_var, mean, var, first, state.get("height", 0.0)
             self.seen = Statistics(*map(self._xp.number, numbers))
         self.was_high = state.get("was_high", False)
         self._set_bounds()
@@ -146,5 +147,5 @@ class Judge:
 
 def _as_json(seen: Statistics) -> list[Any]:
     """As it is kept."""
-    log_mean, log_var, mean, var, first, peak = map(float, seen)
-    return [[log_mean, mean], [log_var, var], first, None if peak == -math.inf else peak]
+    log_mean, log_var, mean, var, first, _ = map(float, seen)
+    return [[log_mean, mean], [log_var, var], first]

@@ -119,7 +119,7 @@ class RunFolder:
             raise RunDirectoryError(
                 f"{self.path} is in use by another process.", fix="Wait for it, or give another --out."
             )
-        if self.path.name in ("", ".."):  # and whatever is meant by it would move along
+        if self.path.name in ("", ".."):  # there is no name to change
             raise RunDirectoryError(
                 f"{self.path} cannot be moved aside from within.", fix="Give the folder by its name."
             )

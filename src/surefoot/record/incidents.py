@@ -212,7 +212,7 @@ def _stuck(event: Event) -> Incident:
         cause=event["error"],
         evidence=f"checkpoint {event['name']}",
         action="training goes on; tried again after each later one",
-        advice="Look who holds it, or remove it yourself, before the disk is full.",
+        advice="Look who holds it, or remove it (it may be .trash-... by now), before the disk is full.",
     )
 
 

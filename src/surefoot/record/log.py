@@ -103,6 +103,7 @@ class StepLog:
             where = np.arange(self._sealed, self._count) % RING_ROWS
             self._waiting.append((self._sealed, num_rows, ring[where].T.tobytes()))
             self._sealed = self._count
+            del ring  # an error that is handed on would hold it
         try:
             while self._waiting:
                 self._write_block(*self._waiting[0])

@@ -56,7 +56,8 @@ def alike(found):
         np.testing.assert_equal(a, b)  # NaN is NaN
 
 
-def test_nearly_all_steps_are_settled_together(tmp_path, together):
+def test_nearly_all_steps_are_settled_together(tmp_path, together, monkeypatch):
+    monkeypatch.setattr(calm, "_AHEAD_S", 60.0)  # however slow the machine is
     changed = recipe(until=1000)
     ordinary = [o.step for o in run_steps(build(changed, RunFolder(tmp_path / "run"), EAGER))]
     assert sorted(ordinary + together) == list(range(1000))
@@ -135,7 +136,9 @@ class Failing(torch.nn.Sequential):
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-def test_an_error_loses_no_row(tmp_path, together, error):
+def test_an_error_loses_no_row(tmp_path, together, error, monkeypatch):
+    monkeypatch.setattr(calm, "_AHEAD_S", 60.0)  # however slow the machine is
+
     class Model(Failing):
         def forward(self, x):
             try:

@@ -222,7 +222,10 @@ def test_a_hang_on_a_full_disk_is_told_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(HangWatch, "_sweep", lambda self: None)
     (tmp_path / f"hang-{os.getpid()}.txt").symlink_to("/dev/full")
     moves, hangs = [0], []
-    notice = lambda seconds, file: hangs.append(seconds)  # noqa: E731
+
+    def notice(seconds, file):
+        hangs.append(seconds)
+
     with HangWatch(tmp_path, after_s=0.1, progress=lambda: moves[0], notice=notice):
         for number in (1, 2):
             deadline = time.monotonic() + 20

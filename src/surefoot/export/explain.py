@@ -14,7 +14,15 @@ from surefoot.record.incidents import Incident, of_event
 
 _FEW = 50  # steps, below which nothing is said about how the loss went
 _WINDOWS = 40
-_GROUPED = {"skipped", "would_skip", "checkpoint_failed", "worker_replaced", "layer", "hang"}
+_GROUPED = {
+    "skipped",
+    "would_skip",
+    "checkpoint_failed",
+    "checkpoint_stuck",
+    "worker_replaced",
+    "layer",
+    "hang",
+}
 _APART = 200  # steps between incidents of one kind that are told of as one
 _MUCH_WAIT, _MUCH_CHECKPOINT, _MUCH_VALIDATION = 0.2, 0.05, 0.25
 _STILL, _GAP = 0.01, 0.1

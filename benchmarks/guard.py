@@ -32,7 +32,7 @@ from workloads import WORKLOADS
 import surefoot as sf
 from surefoot.api import run_steps
 from surefoot.build import build
-from surefoot.course import Silence, to_be_taken, update
+from surefoot.course import Silence, multipliers, update
 from surefoot.graph import Graph
 from surefoot.prepare import Prepared, prepare
 from surefoot.record.folder import RunFolder
@@ -122,8 +122,7 @@ def silent(made: Prepared) -> Iterator[None]:
     for batch in feed.batches(0, LONG):
         if left < 1:
             left, take = graph.direct(course.state.step)
-        whole, multiplier = to_be_taken(course, batch)
-        if left < 1 or take is None or take(whole, multiplier, _ALL) is None:
+        if left < 1 or take is None or take(batch, multipliers(course, 1)[0], _ALL) is None:
             left = 0
             update(course, batch)
         else:

@@ -135,9 +135,9 @@ def counted(built, monkeypatch):
     """How many steps were taken as calm ones."""
     settle, num = calm.settle_calm, [0]
 
-    def counting(run, taken):
+    def counting(run, taken, **times):
         num[0] += len(taken)
-        return settle(run, taken)
+        return settle(run, taken, **times)
 
     with monkeypatch.context() as patch:
         patch.setattr(calm, "settle_calm", counting)
@@ -187,9 +187,9 @@ def test_a_profile_ends_with_its_steps(tmp_path, monkeypatch):
 def test_the_optimizer_has_the_rate_of_the_last_step(tmp_path, monkeypatch):
     settle = calm.settle_calm
 
-    def stopped(run, taken):
+    def stopped(run, taken, **times):
         run.stop.reason = "SIGTERM"
-        return settle(run, taken)
+        return settle(run, taken, **times)
 
     monkeypatch.setattr(calm, "settle_calm", stopped)
     built = build(recipe(schedule=sf.linear(), until=600), RunFolder(tmp_path / "run"), compiled())

@@ -262,7 +262,7 @@ def test_nearly_all_steps_are_compiled_and_most_of_them_settled_together(tmp_pat
     monkeypatch.setattr(
         calm,
         "settle_calm",
-        lambda run, taken: together.append(len(taken)) or settle(run, taken),
+        lambda run, taken, **times: together.append(len(taken)) or settle(run, taken, **times),
     )
     monkeypatch.setattr(calm, "settle", lambda *of, **how: singly.append(1) or settle_one(*of, **how))
     ordinary = [outcome.step for outcome in run_steps(built)]
@@ -424,10 +424,10 @@ def test_a_run_that_is_continued_where_all_is_checked_goes_on_with_what_was_kept
 def test_a_stop_is_heeded_after_calm_steps_without_waiting_for_a_batch(tmp_path, monkeypatch):
     settle, last = calm.settle_calm, []
 
-    def asked(run, taken):
+    def asked(run, taken, **times):
         run.stop.reason = "SIGTERM"
-        last.append(taken[-1].label.slots.step)
-        return settle(run, taken)
+        last.append(taken[-1][0].step)
+        return settle(run, taken, **times)
 
     monkeypatch.setattr(calm, "settle_calm", asked)
     done, _ = run(recipe(until=700), tmp_path / "run", Operations(compute={"compile": "on"}))

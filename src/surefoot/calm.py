@@ -18,9 +18,10 @@ from surefoot.course import (
     heeded,
     look_at_layers,
     settle,
+    multipliers,
     settle_calm,
-    to_be_taken,
     update,
+    without_quarantined,
 )
 from surefoot.graph import Graph, Take
 from surefoot.guard.detect import FINE
@@ -134,12 +135,13 @@ def _calm_steps(course: Course, batches: Iterator[Minibatch], clock: Clock, take
 
     The guard takes them up block by block, since what is certain follows from the block before. Only the
     last step of a block can raise an alarm, so an error within one loses none. They end where layers and
-    weights are to be looked at.
+    weights are to be looked at; of the weights nothing has to be, since no graph applies an update after
+    which they are not finite.
     """
     graph, state, guard = course.graph, course.state, course.parts.guard
     assert isinstance(graph, Graph)
     taken: list[Taken] = []
-    batch, alarm = None, None
+    batch, alarm, begun = None, None, clock.boundary
     most = min(most, EVERY - state.step % EVERY)
     try:
         while batch is None and alarm is None and clock.boundary < clock.ahead_until:
@@ -152,16 +154,16 @@ def _calm_steps(course: Course, batches: Iterator[Minibatch], clock: Clock, take
             finally:
                 if block:
                     taken += block
-                    losses, norms = ([one.numbers[i] for one in block] for i in range(2))
+                    losses, norms = ([numbers[i] for *_, numbers, _, _ in block] for i in range(2))
                     alarm = guard.take_calm(state.step - 1, losses, norms)
     finally:
         if taken:
-            course.parts.updater.set_rates(taken[-1].multiplier, course.parts.base_lr)
-            settle_calm(course, taken)
+            course.parts.updater.set_rates(taken[-1][2], course.parts.base_lr)
+            settle_calm(course, taken, begun=begun, row_before=clock.row_before)
+            clock.row_before = clock.boundary
     alarm = heeded(course, alarm)
     if taken and alarm is None and guard.on and state.step % EVERY == 0:
-        look_at_layers(course, graph.trained, taken[-1].norms)
-        alarm = course.healer.look() if guard.heals else None
+        look_at_layers(course, graph.layers, taken[-1][-2])
         clock.boundary = time.perf_counter()
     return Ahead(len(taken), batch, alarm=alarm)
 
@@ -170,21 +172,23 @@ def _take(
     course: Course, batches: Iterator[Minibatch], clock: Clock, take: Take, num: int, taken: list[Taken]
 ) -> Minibatch | None:
     """Takes `num` steps and adds them to `taken`, or fewer if time is up; or up to an unusual batch, which
-    it returns.
+    it returns. What can be done for all of them at once is not done here: between two steps' kernels
+    nothing of it is in a cache.
     """
-    state, bounds = course.state, course.parts.guard.lets_pass(course.state.step)
-    for _ in range(num):
-        if clock.boundary >= clock.ahead_until:
+    state, now, until = course.state, time.perf_counter, clock.ahead_until
+    bounds, has_holes = course.parts.guard.lets_pass(state.step), course.parts.guard.history.has_holes
+    for multiplier in multipliers(course, num):
+        if clock.boundary >= until:
             break
-        asked = time.perf_counter()
+        asked = now()
         batch = next(batches)
-        clock.waited_s = time.perf_counter() - asked
-        without_holes, multiplier = to_be_taken(course, batch)
-        done = take(without_holes, multiplier, bounds)
+        waited_s = now() - asked
+        done = take(without_quarantined(course, batch) if has_holes else batch, multiplier, bounds)
         if done is None:
+            clock.waited_s = waited_s
             return batch
         state.step += 1
         state.samples += batch.slots.num_samples
-        label = clock.label(course, batch.slots, multiplier, 1)
-        taken.append(Taken(label, multiplier, *done, clock.boundary))
+        clock.boundary = ended = now()
+        taken.append((batch.slots, state.samples, multiplier, waited_s, *done, ended))
     return None

@@ -34,6 +34,7 @@ from surefoot.heal import EVERY, Healer, Row, StopAskedError, same_row
 from surefoot.measure.evaluate import Evaluation
 from surefoot.measure.profile import phase
 from surefoot.measure.readings import Readings
+from surefoot.model import Layer, layers_of
 from surefoot.optim.precision import LossScale
 from surefoot.optim.schedules import Resolved
 from surefoot.state import RunState
@@ -85,16 +86,12 @@ class Label(NamedTuple):
     wall_s: float
 
 
-class Taken(NamedTuple):
-    """A step that a graph took as a calm one. multiplier: of the base rates. numbers: loss, norm of the
-    gradient, update ratio, and 1. norms: of the gradients, 1-d. ended: by `time.perf_counter`.
-    """
-
-    label: Label
-    multiplier: float
-    numbers: list[float]
-    norms: Tensor
-    ended: float
+Taken = tuple[Slots, int, float, float, list[float], Tensor, float]
+"""A step that a graph took as a calm one: its slots; samples consumed by then; the multiplier of the base
+rates; seconds it waited for its batch; loss, norm of the gradient, update ratio, and 1; the norms of the
+gradients, 1-d; when it ended, by `time.perf_counter`. A plain tuple, since one with names takes longer to
+make than to fill.
+"""
 
 
 @dataclass(kw_only=True)
@@ -131,7 +128,7 @@ class Course:
 def update(course: Course, batch: Minibatch) -> tuple[Minibatch, float, Attempt]:
     """One update: the batch without what is in quarantine, the schedule's multiplier, what came of it."""
     state, attempt = course.state, None
-    batch, multiplier = to_be_taken(course, batch)
+    batch, (multiplier,) = without_quarantined(course, batch), multipliers(course, 1)
     if course.graph is not None and state.eager_from is None:
         try:
             with phase("compiled step"):
@@ -151,14 +148,17 @@ def update(course: Course, batch: Minibatch) -> tuple[Minibatch, float, Attempt]
     return batch, multiplier, attempt
 
 
-def to_be_taken(course: Course, batch: Minibatch) -> tuple[Minibatch, float]:
-    """The batch of the next step without what is in quarantine, and the schedule's multiplier there."""
-    step, history = course.state.step, course.parts.guard.history
-    multiplier = course.schedule(step, cuts=course.state.lr_cuts)
-    if not history.interventions:
-        return batch, multiplier
-    holes = history.holes(step, batch.slots.ids)
-    return batch if holes is None else leave_out(batch, holes), history.multiplier(step, multiplier)
+def without_quarantined(course: Course, batch: Minibatch) -> Minibatch:
+    """The batch of the next step without what is in quarantine then."""
+    holes = course.parts.guard.history.holes(course.state.step, batch.slots.ids)
+    return batch if holes is None else leave_out(batch, holes)
+
+
+def multipliers(course: Course, num: int) -> list[float]:
+    """What the base rates are multiplied by in the next steps."""
+    schedule, state, history = course.schedule, course.state, course.parts.guard.history
+    steps = range(state.step, state.step + num)
+    return [history.multiplier(step, schedule(step, cuts=state.lr_cuts)) for step in steps]
 
 
 def replay(
@@ -182,7 +182,7 @@ def replay(
         if isinstance(verdict, Alarm) and verdict.detector == "D6":
             course.parts.guard.reviewed.told_slow = True
         if verdict is None and state.step % EVERY == 0 and course.parts.guard.on:
-            look_at_layers(quiet, attempt.trained, attempt.norms)
+            look_at_layers(quiet, layers_of(course.parts.model, attempt.trained), attempt.norms)
         if validation_due(quiet) and run_validation(quiet) is None:
             raise StopAskedError
     verdict = settle(quiet, None, None)
@@ -221,11 +221,17 @@ def settle(
     return found
 
 
-def settle_calm(course: Course, taken: Sequence[Taken]) -> None:
-    """Writes the rows of calm steps."""
-    offset = time.time() - time.perf_counter()
-    for label, _, (loss, grad_norm, ratio, _), _, ended in taken:
+def settle_calm(course: Course, taken: Sequence[Taken], *, begun: float, row_before: float) -> None:
+    """Writes the rows of calm steps. begun: when the first of them did, by `time.perf_counter`; row_before:
+    the same of the row before it.
+    """
+    offset, base_lr = time.time() - time.perf_counter(), course.parts.base_lr[0]
+    course.state.elapsed_s += taken[-1][-1] - begun
+    for slots, samples, multiplier, waited_s, (loss, grad_norm, ratio, _), _, ended in taken:
+        times = waited_s, ended - begun, ended - row_before
+        label = Label(slots, samples, base_lr * multiplier, 1, *times)
         _note(course, label, (loss, grad_norm, ratio, 1, FINE, 1.0, 1.0), offset + ended)
+        begun = row_before = ended
 
 
 def heeded(course: Course, alarm: Alarm | None) -> Alarm | None:
@@ -293,14 +299,13 @@ def _canary(course: Course, taken: Row, num_micro: int) -> Alarm | None:
     return Alarm("D7", taken.step, taken.step, reason)
 
 
-def look_at_layers(course: Course, trained: Sequence[nn.Parameter], norms: Tensor) -> None:
+def look_at_layers(course: Course, layers: Sequence[Layer], norms: Tensor) -> None:
     """Tells of layers whose gradient, in the update just taken, vanishes or explodes. norms: of the
-    gradients of `trained`, 1-d.
+    gradients of all that is trained, 1-d.
     """
-    names = {id(p): name for name, p in course.parts.model.named_parameters()}
-    pairs = zip(trained, norms.tolist(), strict=True)
-    rms = {names[id(p)]: n / math.sqrt(p.numel()) for p, n in pairs if p.ndim > 1 and id(p) in names}
-    for sick in course.parts.guard.layers.look(list(rms), list(rms.values())):
+    each = norms.tolist()
+    rms = [each[i] / math.sqrt(size) for _, i, size in layers]
+    for sick in course.parts.guard.layers.look([name for name, _, _ in layers], rms):
         course.told.event("layer", step=course.state.step, **sick._asdict())
 
 

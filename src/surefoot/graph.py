@@ -17,6 +17,7 @@ from torch import Tensor
 
 from surefoot.compiled import ChangedError, Compiled
 from surefoot.keys import word
+from surefoot.model import layers_of
 from surefoot.optim.functional import FunctionalUpdate, Slots
 from surefoot.optim.update import FAR_FROM_OVERFLOW
 from surefoot.traced import Traced, flat
@@ -40,7 +41,7 @@ class Graph:
         cpp_wrapper: see `Compiled`.
 
     suspects: the next step checks all that the trace depended on; to be set after code of others has run.
-    trained: the parameters that get a gradient. is_whole: a step is one function, and not several passes.
+    trained: the parameters that get a gradient. layers: the weights among them. is_whole: a step is one function, and not several passes.
     """
 
     def __init__(self, parts: Parts, batch: Minibatch, *, cpp_wrapper: bool) -> None:
@@ -48,6 +49,7 @@ class Graph:
         named = {name: p for name, p in parts.model.named_parameters() if p.requires_grad}
         trained = {name: p for name, p in named.items() if p.grad is not None}
         self.trained = list(trained.values())
+        self.layers = layers_of(parts.model, self.trained)
         self._params = [p.detach() for p in self.trained]
         others = [p.detach() for name, p in named.items() if name not in trained]
         self._update = FunctionalUpdate(parts.updater.optimizer, self.trained)
@@ -69,6 +71,7 @@ class Graph:
         self._fixed_of: Slots | None = None
         self._draws: bool | None = None
         self._bounds = torch.empty(3, dtype=torch.float64)
+        self._most_lr = max(map(abs, parts.base_lr))
         self._rates = torch.empty(len(parts.base_lr), dtype=torch.float64)
         self._write_bounds, self._write_rates = self._bounds.numpy(), self._rates.numpy()
         self._written: tuple[float, ...] = ()
@@ -92,8 +95,7 @@ class Graph:
             return None
         self.suspects = False
         loss_bound, norm_bound = parts.guard.lets_pass(step)
-        rates = [lr * multiplier for lr in parts.base_lr]
-        self._write(loss_bound, norm_bound, rates)
+        self._write(loss_bound, norm_bound, multiplier)
         (row, norms), num_micro = self._run(batch, data, total, check)
         loss, grad_norm, _, applied = row.tolist()
         if not applied:
@@ -126,21 +128,18 @@ class Graph:
         ):  # fmt: skip
             return 0, None
         self._drop_grads()
-        buffers, base_lr = parts.buffers.live(self._buffers), parts.base_lr
+        buffers, num_rows, weight = parts.buffers.live(self._buffers), self._num_rows, self._weight
+        draws = parts.draws if self._draws else None
 
         def take(
             batch: Minibatch, multiplier: float, bounds: tuple[float, float]
         ) -> tuple[list[float], Tensor] | None:
             total = known_weight(parts, batch)
-            if (
-                batch.weights is not None
-                or batch.num_rows != self._num_rows
-                or _kind(total) != self._weight
-            ):
+            if batch.weights is not None or batch.num_rows != num_rows or _kind(total) != weight:
                 return None
-            self._write(*bounds, [lr * multiplier for lr in base_lr])
-            if self._draws:
-                torch.default_generator.manual_seed(word(word(parts.draws, batch.slots.step), 0))
+            self._write(*bounds, multiplier)
+            if draws is not None:
+                torch.default_generator.manual_seed(word(word(draws, batch.slots.step), 0))
             moving = [*leaves(batch.data), *buffers, total, None]
             row, norms = whole.again(moving)
             numbers: list[float] = row.tolist()
@@ -160,13 +159,14 @@ class Graph:
         same = batch.weights is None and _kind(total) == self._weight
         return same and form(batch.data, data) == self._form
 
-    def _write(self, loss_bound: float, norm_bound: float, rates: list[float]) -> None:
-        far = FAR_FROM_OVERFLOW / max(1.0, *map(abs, rates))
+    def _write(self, loss_bound: float, norm_bound: float, multiplier: float) -> None:
+        rates = self._write_rates
+        for i, lr in enumerate(self._parts.base_lr):  # one by one: a slice takes longer for a few
+            rates[i] = lr * multiplier
+        far = FAR_FROM_OVERFLOW / max(1.0, self._most_lr * abs(multiplier))
         bounds = loss_bound, min(norm_bound, far), far
         if bounds != self._written:
             self._write_bounds[:] = self._written = bounds
-        for i, rate in enumerate(rates):  # one by one: a slice takes longer for a few
-            self._write_rates[i] = rate
 
     def _run(
         self, batch: Minibatch, data: list[Tensor], total: Any, check: bool

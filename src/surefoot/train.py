@@ -38,6 +38,7 @@ from surefoot.guard.stop import Stop
 from surefoot.heal import EVERY, SELDOM, Row, StopAskedError
 from surefoot.keep import Keeper
 from surefoot.measure.profile import Profile, phase
+from surefoot.model import layers_of
 from surefoot.record.recorder import Recorder
 from surefoot.stopping import Budget, NoLongerWaiting, signals_ask
 from surefoot.types import Minibatch, Outcome, leaves
@@ -188,7 +189,7 @@ def _updates(run: Run, batches: Iterator[Minibatch], clock: Clock) -> Generator[
         if validation_due(run):
             return "preempted"  # a stop was asked for while validating
         if state.step % EVERY == 0 and parts.guard.on:
-            look_at_layers(run, attempt.trained, attempt.norms)
+            look_at_layers(run, layers_of(parts.model, attempt.trained), attempt.norms)
             if parts.guard.heals:
                 settle(run, None, None)
                 parts.guard.pending = run.healer.look()

@@ -23,8 +23,8 @@ EARLIEST = 1
 FINE, NOT_FINITE, GRADIENT_SPIKE, LOSS_SPIKE, SAT_OUT = 0, 1, 2, 3, 4
 """Verdicts on a step. Sat out: the guard had decided before that it should be."""
 
-_KEEP = 0.98**BLOCK  # of the running statistics, per block
-_INFLATION = 1.03  # makes up for the variance that winsorising takes away
+_EACH = (1 - 0.98**BLOCK) / BLOCK  # what a step counts for in the running statistics
+_SPREAD = 1.03 * _EACH  # in the variance, which winsorising makes smaller
 _WINSOR = 6.0  # standard deviations
 _LEAST_DEVIATION = 0.05  # of the log norm
 _HIGH = 0.5  # of the first loss
@@ -63,6 +63,8 @@ class Limits(NamedTuple):
 
     spike: a longer gradient is one. long: a longer one is shortened to `short`. high, jump: a loss above
     the first is a spike if the one before was above it, too; a loss above both is one at once.
+    norm_deviation, loss_deviation: of the log norm and of the loss. rise: above the mean, up to which no loss
+    is a spike, whatever this run had before.
     """
 
     spike: Scalar
@@ -70,6 +72,9 @@ class Limits(NamedTuple):
     short: Scalar
     high: Scalar
     jump: Scalar
+    norm_deviation: Scalar
+    loss_deviation: Scalar
+    rise: Scalar
 
 
 class _Bounds(NamedTuple):
@@ -103,20 +108,18 @@ def limits(xp: Any, seen: Statistics, *, early: bool = False) -> Limits:
     def norm(above: Scalar) -> Scalar:
         return xp.exp(xp.minimum(seen.log_mean + above, xp.number(_MOST_LOG)))
 
-    rise = _rise(xp, seen, bounds, loss_deviation)
+    rise = xp.maximum(bounds.wild_loss * loss_deviation, bounds.rise * abs(seen.mean))
+    rise = xp.maximum(rise, _HIGH * first)
     return Limits(
         spike=norm(xp.maximum(bounds.wild * norm_deviation, xp.number(bounds.ratio))),
         long=norm(xp.maximum(bounds.long * norm_deviation, xp.number(bounds.long_ratio))),
         short=norm(2.0 * norm_deviation),
         high=seen.mean + xp.maximum(rise, _AS_BEFORE * seen.height),
         jump=seen.mean + first,
+        norm_deviation=norm_deviation,
+        loss_deviation=loss_deviation,
+        rise=rise,
     )
-
-
-def _rise(xp: Any, seen: Statistics, bounds: _Bounds, loss_deviation: Scalar) -> Scalar:
-    """Above the mean, up to which no loss is a spike, whatever this run had before."""
-    rise = xp.maximum(bounds.wild_loss * loss_deviation, bounds.rise * abs(seen.mean))
-    return xp.maximum(rise, _HIGH * abs(seen.first))
 
 
 def judge(
@@ -153,21 +156,19 @@ def calm_below(allowed: Limits) -> tuple[float, float]:
 
 def take_up(xp: Any, seen: Statistics, allowed: Limits, losses: Any, norms: Any) -> Statistics:
     """The statistics with more steps, which had these limits; those count whose numbers are finite."""
-    finite = xp.finite(losses, norms)
-    norm_deviation, loss_deviation = _deviations(xp, seen)
+    finite, loss_outlier = xp.finite(losses, norms), _WINSOR * allowed.loss_deviation
     logs = xp.logs(norms, _TINY)
-    log_sum, log_squares = xp.winsorised(logs, finite, seen.log_mean, _WINSOR * norm_deviation)
-    total, squares = xp.winsorised(losses, finite, seen.mean, _WINSOR * loss_deviation)
-    most = seen.mean + _rise(xp, seen, _USUAL, loss_deviation)  # or each block could add a quarter
+    log_sum, log_squares = xp.winsorised(logs, finite, seen.log_mean, _WINSOR * allowed.norm_deviation)
+    total, squares = xp.winsorised(losses, finite, seen.mean, loss_outlier)
+    most = seen.mean + allowed.rise  # or each block could add a quarter
     height = xp.highest(losses, norms, finite, most, allowed.spike) - seen.mean
-    stands_out = height > _WINSOR * loss_deviation
-    each = (1 - _KEEP) / BLOCK
-    keep, spread = 1 - each * xp.count(finite), each * _INFLATION
+    stands_out = height > loss_outlier
+    keep = 1 - _EACH * xp.count(finite)
     return Statistics(
-        seen.log_mean + each * log_sum,
-        keep * seen.log_var + spread * log_squares,
-        seen.mean + each * total,
-        keep * seen.var + spread * squares,
+        seen.log_mean + _EACH * log_sum,
+        keep * seen.log_var + _SPREAD * log_squares,
+        seen.mean + _EACH * total,
+        keep * seen.var + _SPREAD * squares,
         seen.first,
         xp.where(stands_out, xp.maximum(seen.height, height), seen.height),
     )

@@ -78,7 +78,7 @@ class History:
 
     def unsettled(self, step: int) -> bool:
         """Whether more than samples and rates is otherwise than without the guard, at `step` or later."""
-        return any(
+        return bool(self.interventions) and any(
             i.kind == "clip"
             or (i.kind in ("sit_out", "bear") and i.value > step)
             or (i.kind == "anew" and i.begins >= step)
@@ -88,6 +88,11 @@ class History:
     def begins_anew(self, step: int) -> bool:
         """Whether what is usual is learned anew from this step on."""
         return any(i.kind == "anew" and i.begins == step for i in self.interventions)
+
+    @property
+    def has_holes(self) -> bool:
+        """Whether any sample was ever left out."""
+        return bool(self._spans)
 
     def holes(self, step: int, ids: Ids) -> NDArray[np.bool_] | None:
         """Which of these samples (int64[B]) are left out in this step; None: none."""

@@ -41,7 +41,8 @@ class Graph:
         cpp_wrapper: see `Compiled`.
 
     suspects: the next step checks all that the trace depended on; to be set after code of others has run.
-    trained: the parameters that get a gradient. layers: the weights among them. is_whole: a step is one function, and not several passes.
+    trained: the parameters that get a gradient. layers: the weights among them. is_whole: a step is one
+    function, and not several passes.
     """
 
     def __init__(self, parts: Parts, batch: Minibatch, *, cpp_wrapper: bool) -> None:

@@ -89,19 +89,24 @@ class Feed:
         return (self.at(step) for step in range(start, stop))
 
     def _in_chunks(self, start: int, stop: int) -> Generator[Minibatch, None, None]:
-        """Gathers batches of some steps in one call. Where one begins in memory depends on its step alone,
-        and not on `start`: kernels may round otherwise for another alignment.
+        """Gathers batches of some steps in one call, short ones each by itself. Where one begins in memory
+        depends on its step alone, and not on `start`: kernels may round otherwise for another alignment.
         """
-        most, pool = self._gathers, Pool(self.source.arrays())
-        for first in range(start // most * most, stop, most):
-            last = min(first + most, stop)
-            whole = self.plan.whole(first, last)
-            if whole is None:
-                yield from (self.at(step) for step in range(max(first, start), last))
-                continue
-            self._check_length()
-            slots, ids = whole
-            yield from self._handed_out(slots, pool.gather(ids), max(start - first, 0))
+        pool, most = Pool(self.source.arrays()), self._gathers
+        first = start // most * most
+        while first < stop:
+            short, last = self.plan.next_short(first), min(stop, first // most * most + most)
+            if first == short:
+                last = first + 1
+                if last > start:
+                    yield self.at(first)
+            else:
+                last = last if short is None else min(last, short)
+                if last > start:
+                    self._check_length()
+                    slots, ids = self.plan.whole(first, last)
+                    yield from self._handed_out(slots, pool.gather(ids), max(start - first, 0))
+            first = last
 
     def _handed_out(self, slots: list[Slots], gathered: list[Tensor], start: int) -> Iterator[Minibatch]:
         """Batches out of the rows of all, from the one numbered `start`. Nothing of them is left behind, so

@@ -82,17 +82,22 @@ class Plan:
             ids = np.concatenate([ids, np.full(b - num_samples, HOLE, np.int64)])
         return Slots(step, epoch, ids, None, num_samples)
 
-    def whole(self, first: int, stop: int) -> tuple[list[Slots], Ids] | None:
-        """Slots of updates ``first..stop``, and their ids in one array, if no batch is a short one. Within
-        an epoch this is a fraction of the work of `at` for each.
+    def next_short(self, step: int) -> int | None:
+        """The first update from `step` on whose batch has fewer samples than the others; None: none has."""
+        if self.tail in ("drop", "straddle") or self.num_samples % self.batch_size == 0:
+            return None
+        return step // self._per_epoch * self._per_epoch + self._per_epoch - 1
+
+    def whole(self, first: int, stop: int) -> tuple[list[Slots], Ids]:
+        """Slots of updates ``first..stop``, of which no batch is a short one, and their ids in one array.
+        Within an epoch this is a fraction of the work of `at` for each.
         """
         n, b, num = self.num_samples, self.batch_size, stop - first
         per_epoch = n if self.tail == "straddle" else self._per_epoch * b
         epoch, start = divmod(first * b, per_epoch)
         if start + num * b > min(n, per_epoch):
             slots = [self.at(step) for step in range(first, stop)]
-            whole = all(s.num_samples == b for s in slots)
-            return (slots, np.concatenate([s.ids for s in slots])) if whole else None
+            return slots, np.concatenate([s.ids for s in slots])
         ids = self._order.take(epoch, start, start + num * b).copy()
         return [Slots(first + i, epoch, ids[i * b : (i + 1) * b], None, b) for i in range(num)], ids
 

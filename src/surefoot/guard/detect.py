@@ -63,8 +63,8 @@ class Limits(NamedTuple):
 
     spike: a longer gradient is one. long: a longer one is shortened to `short`. high, jump: a loss above
     the first is a spike if the one before was above it, too; a loss above both is one at once.
-    norm_deviation, loss_deviation: of the log norm and of the loss. rise: above the mean, up to which no loss
-    is a spike, whatever this run had before.
+    norm_deviation, loss_deviation: of the log norm and of the loss. rise: above the mean, up to which no
+    loss is a spike, whatever this run had before.
     """
 
     spike: Scalar

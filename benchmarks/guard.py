@@ -34,6 +34,7 @@ from surefoot.api import run_steps
 from surefoot.build import build
 from surefoot.course import Silence, multipliers, update
 from surefoot.graph import Graph
+from surefoot.guard.detect import BLOCK
 from surefoot.prepare import Prepared, prepare
 from surefoot.record.folder import RunFolder
 
@@ -117,16 +118,17 @@ def silent(made: Prepared) -> Iterator[None]:
     """The same updates, compiled, of which nobody is told."""
     feed = made.feed(lambda kind, **facts: None)
     course = made.course(feed, None, Silence(), deque(maxlen=1))  # type: ignore[arg-type]
-    left, take, graph = 0, None, course.graph
+    take, graph = None, course.graph
+    rates: list[float] = []  # of the next steps, the last first
     assert isinstance(graph, Graph)
     for batch in feed.batches(0, LONG):
-        if left < 1:
+        if not rates:
             left, take = graph.direct(course.state.step)
-        if left < 1 or take is None or take(batch, multipliers(course, 1)[0], _ALL) is None:
-            left = 0
+            rates = multipliers(course, min(left, BLOCK))[::-1]
+        if not rates or take is None or take(batch, rates.pop(), _ALL) is None:
+            rates = []
             update(course, batch)
         else:
-            left -= 1
             course.state.step += 1
         yield
 

@@ -178,6 +178,22 @@ def test_time_for_the_guard_is_no_waiting_for_data(tmp_path, monkeypatch):
     assert log["data_wait_s"].sum() < 0.2 * slept[0] < log["step_s"].sum()
 
 
+def test_the_times_of_rows_add_up_to_those_of_the_run(tmp_path, monkeypatch):
+    validation = sf.Validation(sf.Arrays(*blobs(20)), every=300)
+    built = build(recipe(until=900, validation=validation), RunFolder(tmp_path / "run"), compiled())
+    assert counted(built, monkeypatch) > 600
+    log = sf.open_run(tmp_path / "run").log()
+    between = np.abs(np.diff(log["time_s"]) - log["wall_s"][1:])
+    assert np.median(between) < 1e-5  # of steps settled together it is the same clock
+    assert log["wall_s"][1:].sum() < 1.2 * (log["time_s"][-1] - log["time_s"][0])
+    np.testing.assert_allclose(log["step_s"].sum(), built.run.state.elapsed_s, rtol=1e-9)
+    assert (log["data_wait_s"] > 0).all()
+    assert (log["data_wait_s"] <= log["step_s"]).all()
+    assert (log["step_s"] <= log["wall_s"]).all()
+    after_validations = log["wall_s"] > log["step_s"]
+    assert {300, 600} <= set(log["step"][after_validations].tolist())
+
+
 def test_a_profile_ends_with_its_steps(tmp_path, monkeypatch):
     built = build(recipe(until=600), RunFolder(tmp_path / "run"), compiled(profile=3))
     assert counted(built, monkeypatch) > 300

@@ -310,6 +310,15 @@ def test_batches_gathered_together_are_those_of_each_step(n, size, tail, start, 
         assert all(a.data_ptr() % 64 == 0 for a in batch.data)
 
 
+def test_only_short_batches_are_gathered_by_themselves(monkeypatch):
+    alone, at = [], Feed.at
+    monkeypatch.setattr(Feed, "at", lambda self, step: alone.append(step) or at(self, step))
+    feed = Feed(Arrays(torch.zeros(100, 16)), Plan(100, 8, "keep"), 0, torch.device("cpu"))
+    got = list(feed.batches(5, 80))
+    assert [b.num_rows for b in got].count(4) == 6
+    assert alone == [12, 25, 38, 51, 64, 77]
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.uint8]
 
 

@@ -28,13 +28,13 @@ from surefoot.data.plan import Cadence
 from surefoot.errors import RecipeError
 from surefoot.graph import Graph
 from surefoot.guard.detect import FINE, GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE, SAT_OUT
+from surefoot.guard.layers import Layer, layers_of
 from surefoot.guard.review import Alarm
 from surefoot.guard.stop import Stop
 from surefoot.heal import EVERY, Healer, Row, StopAskedError, same_row
 from surefoot.measure.evaluate import Evaluation
 from surefoot.measure.profile import phase
 from surefoot.measure.readings import Readings
-from surefoot.model import Layer, layers_of
 from surefoot.optim.precision import LossScale
 from surefoot.optim.schedules import Resolved
 from surefoot.state import RunState

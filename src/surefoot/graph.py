@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from surefoot.compiled import ChangedError, Compiled
+from surefoot.guard.layers import layers_of
 from surefoot.keys import word
-from surefoot.model import layers_of
 from surefoot.optim.functional import FunctionalUpdate, Slots
 from surefoot.optim.update import FAR_FROM_OVERFLOW
 from surefoot.traced import Traced, flat

@@ -1,10 +1,9 @@
-"""The model as a recipe makes it, how its rows may be split, and which of its parameters are layers."""
+"""The model as a recipe makes it, and how its rows may be split."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -69,21 +68,3 @@ def physical_rows(wanted: int | None, micro: int, model: nn.Module) -> int:
                 fix=f"Set batch.micro = {wanted} in the recipe, or leave compute.micro_batch out.",
             )
     return wanted
-
-
-class Layer(NamedTuple):
-    """A weight: its name in the model, its place among what is trained, how many numbers it holds."""
-
-    name: str
-    place: int
-    size: int
-
-
-def layers_of(model: nn.Module, trained: Sequence[nn.Parameter]) -> list[Layer]:
-    """The weights among the parameters that are trained: those that a layer multiplies by."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return [
-        Layer(names[id(p)], place, p.numel())
-        for place, p in enumerate(trained)
-        if p.ndim > 1 and id(p) in names
-    ]

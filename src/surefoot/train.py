@@ -33,12 +33,12 @@ from surefoot.course import (
 from surefoot.errors import StateError, SurefootError, failure_class
 from surefoot.graph import Graph
 from surefoot.guard.hang import HangWatch
+from surefoot.guard.layers import layers_of
 from surefoot.guard.review import Alarm
 from surefoot.guard.stop import Stop
 from surefoot.heal import EVERY, SELDOM, Row, StopAskedError
 from surefoot.keep import Keeper
 from surefoot.measure.profile import Profile, phase
-from surefoot.model import layers_of
 from surefoot.record.recorder import Recorder
 from surefoot.stopping import Budget, NoLongerWaiting, signals_ask
 from surefoot.types import Minibatch, Outcome, leaves

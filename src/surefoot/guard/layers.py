@@ -12,9 +12,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from torch import nn
+
 _SPREAD = 1e-6
 _LOOKS, _LOOKS_AT_ZERO = 3, 10
 """In a row. Parts that are seldom used, such as experts, have no gradient in many batches."""
+
+
+class Layer(NamedTuple):
+    """A weight: its name in the model, its place among what is trained, how many numbers it holds."""
+
+    name: str
+    place: int
+    size: int
+
+
+def layers_of(model: nn.Module, trained: Sequence[nn.Parameter]) -> list[Layer]:
+    """The weights among the parameters that are trained: those that a layer multiplies by."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [
+        Layer(names[id(p)], place, p.numel())
+        for place, p in enumerate(trained)
+        if p.ndim > 1 and id(p) in names
+    ]
 
 
 class Sick(NamedTuple):

@@ -15,8 +15,9 @@ import surefoot as sf
 from surefoot import calm
 from surefoot.api import run_steps
 from surefoot.build import build
-from surefoot.guard.detect import FINE, NOT_FINITE
+from surefoot.guard.detect import FINE, NOT_FINITE, SAT_OUT
 from surefoot.guard.guard import Watch
+from surefoot.guard.history import Intervention
 from surefoot.guard.review import Review
 from surefoot.operations import Operations
 from surefoot.record.folder import RunFolder
@@ -24,6 +25,10 @@ from surefoot.record.folder import RunFolder
 
 def compiled(**more):
     return Operations(compute={"compile": "on"}, progress="off", **more)
+
+
+def eager():
+    return Operations(compute={"compile": "off"}, progress="off")
 
 
 def events(run, kind):
@@ -282,3 +287,42 @@ def test_what_a_batch_brings_beside_tensors_is_no_constant(tmp_path, objective, 
 
     eager = losses("eager", Operations(compute={"compile": "off"}, progress="off"))
     np.testing.assert_allclose(losses("compiled", compiled()), eager, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [sf.SGD(lr=0.1), sf.SGD(lr=0.1, momentum=0.9), sf.AdamW(lr=0.01)],
+    ids=["plain", "momentum", "AdamW"],
+)
+def test_a_first_batch_that_is_not_finite_does_not_hinder(spec, tmp_path):
+    x, y = blobs()
+    plan = build(recipe(), RunFolder(tmp_path / "plan"), sf.Operations()).run.feed.plan
+    x[plan.at(0).ids[3]] = np.nan
+    changed = recipe(data=sf.Arrays(x, y), optimizer=spec, until=300)
+    built = build(changed, RunFolder(tmp_path / "run"), compiled())
+    assert built.notes[0].startswith("compiled: the whole step")
+    for _ in run_steps(built):
+        pass
+    assert built.run.status == "finished"
+    sf.fit(changed, out=tmp_path / "eager", operations=eager())
+    whole, one_by_one = (sf.open_run(tmp_path / name).log() for name in ("run", "eager"))
+    assert whole["permitted"].tolist() == one_by_one["permitted"].tolist() == [0] + 299 * [1]
+    np.testing.assert_allclose(whole["loss"][1:], one_by_one["loss"][1:], rtol=1e-3)
+
+
+def test_a_first_update_that_overflows_ends_a_compiled_run_as_an_eager_one(tmp_path):
+    changed = recipe(optimizer=sf.SGD(lr=1e30, momentum=0.9), schedule=sf.constant(), until=300)
+    ends = [
+        sf.fit(changed, out=tmp_path / name, operations=operations)
+        for name, operations in (("compiled", compiled()), ("eager", eager()))
+    ]
+    assert [(end.status, end.step) for end in ends] == 2 * [("diverged", 50)]
+
+
+def test_a_compiled_run_that_goes_back_to_its_start_may_sit_updates_out(tmp_path):
+    sat_out = Intervention("sit_out", 0, 0, 40.0)
+    built = build(recipe(optimizer=sf.AdamW(lr=0.01), until=300), RunFolder(tmp_path / "run"), compiled())
+    built.run.parts.guard.history = built.run.parts.guard.history.with_(sat_out)
+    for _ in run_steps(built):
+        pass
+    assert sf.open_run(tmp_path / "run").log()["verdict"].tolist() == 40 * [SAT_OUT] + 260 * [FINE]

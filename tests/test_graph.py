@@ -426,7 +426,7 @@ def test_a_stop_is_heeded_after_calm_steps_without_waiting_for_a_batch(tmp_path,
 
     def asked(run, taken, **times):
         run.stop.reason = "SIGTERM"
-        last.append(taken[-1][0].step)
+        last.append(taken[-1].slots.step)
         return settle(run, taken, **times)
 
     monkeypatch.setattr(calm, "settle_calm", asked)

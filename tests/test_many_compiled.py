@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import blobs, recipe
+from conftest import recipe
 from torch import nn
 
 import surefoot as sf
@@ -112,16 +112,6 @@ def test_what_torch_would_compile_again_and_again_is_not_compiled(changes, tmp_p
     """It does so eight times, and goes on eagerly then: a run that is continued would count anew."""
     built = build(recipe(optimizer=radam, **changes), RunFolder(tmp_path), COMPILED)
     assert "compiled anew in each step" in built.notes[0]
-
-
-@pytest.mark.parametrize("spec", [sf.SGD(lr=0.1, momentum=0.9), sf.AdamW(lr=0.01)])
-def test_a_first_batch_that_is_not_finite_does_not_hinder(spec, tmp_path):
-    x, y = blobs()
-    plan = build(recipe(), RunFolder(tmp_path / "plan"), sf.Operations()).run.feed.plan
-    x[plan.at(0).ids[3]] = np.nan
-    changed = recipe(data=sf.Arrays(x, y), optimizer=spec)
-    built = build(changed, RunFolder(tmp_path / "run"), COMPILED)
-    assert built.notes[0].startswith("compiled: the whole step")
 
 
 def test_a_forward_pass_that_was_compiled_and_cannot_be_is_not_continued_otherwise(tmp_path, monkeypatch):

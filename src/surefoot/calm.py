@@ -134,9 +134,8 @@ def _calm_steps(course: Course, batches: Iterator[Minibatch], clock: Clock, take
     """Takes compiled steps that are certain to be calm, up to an unusual batch.
 
     The guard takes them up block by block, since what is certain follows from the block before. Only the
-    last step of a block can raise an alarm, so an error within one loses none. They end where layers and
-    weights are to be looked at; of the weights nothing has to be, since no graph applies an update after
-    which they are not finite.
+    last step of a block can raise an alarm, so an error within one loses none. They end where layers are to
+    be looked at. The weights need no look: no graph applies an update after which they are not finite.
     """
     graph, state, guard = course.graph, course.state, course.parts.guard
     assert isinstance(graph, Graph)
@@ -154,16 +153,16 @@ def _calm_steps(course: Course, batches: Iterator[Minibatch], clock: Clock, take
             finally:
                 if block:
                     taken += block
-                    losses, norms = ([numbers[i] for *_, numbers, _, _ in block] for i in range(2))
+                    losses, norms = ([one.numbers[i] for one in block] for i in range(2))
                     alarm = guard.take_calm(state.step - 1, losses, norms)
     finally:
         if taken:
-            course.parts.updater.set_rates(taken[-1][2], course.parts.base_lr)
+            course.parts.updater.set_rates(taken[-1].multiplier, course.parts.base_lr)
             settle_calm(course, taken, begun=begun, row_before=clock.row_before)
             clock.row_before = clock.boundary
     alarm = heeded(course, alarm)
     if taken and alarm is None and guard.on and state.step % EVERY == 0:
-        look_at_layers(course, graph.layers, taken[-1][-2])
+        look_at_layers(course, graph.layers, taken[-1].norms)
         clock.boundary = time.perf_counter()
     return Ahead(len(taken), batch, alarm=alarm)
 
@@ -190,5 +189,5 @@ def _take(
         state.step += 1
         state.samples += batch.slots.num_samples
         clock.boundary = ended = now()
-        taken.append((batch.slots, state.samples, multiplier, waited_s, *done, ended))
+        taken.append(Taken(batch.slots, state.samples, multiplier, waited_s, *done, ended))
     return None

@@ -86,12 +86,19 @@ class Label(NamedTuple):
     wall_s: float
 
 
-Taken = tuple[Slots, int, float, float, list[float], Tensor, float]
-"""A step that a graph took as a calm one: its slots; samples consumed by then; the multiplier of the base
-rates; seconds it waited for its batch; loss, norm of the gradient, update ratio, and 1; the norms of the
-gradients, 1-d; when it ended, by `time.perf_counter`. A plain tuple, since one with names takes longer to
-make than to fill.
-"""
+class Taken(NamedTuple):
+    """A step that a graph took as a calm one. samples: consumed by then. multiplier: of the base rates.
+    numbers: loss, norm of the gradient, update ratio, and 1. norms: of the gradients, 1-d. ended: by
+    `time.perf_counter`.
+    """
+
+    slots: Slots
+    samples: int
+    multiplier: float
+    data_wait_s: float
+    numbers: list[float]
+    norms: Tensor
+    ended: float
 
 
 @dataclass(kw_only=True)
@@ -226,7 +233,7 @@ def settle_calm(course: Course, taken: Sequence[Taken], *, begun: float, row_bef
     the same of the row before it.
     """
     offset, base_lr = time.time() - time.perf_counter(), course.parts.base_lr[0]
-    course.state.elapsed_s += taken[-1][-1] - begun
+    course.state.elapsed_s += taken[-1].ended - begun
     for slots, samples, multiplier, waited_s, (loss, grad_norm, ratio, _), _, ended in taken:
         times = waited_s, ended - begun, ended - row_before
         label = Label(slots, samples, base_lr * multiplier, 1, *times)

@@ -3,8 +3,8 @@
 Forward and backward pass, gradient transforms, norm, permission, update and the numbers of the log row are
 one function of tensors. The guard says beforehand up to which loss and norm it is certain to permit an
 update; a step beyond, or with a sample left out, leaves everything as it was, and `train_step` takes it. It
-takes the first step, too, which makes the optimizer's state. All of this depends on the step and the state
-alone, so a run that is continued or replayed chooses alike.
+takes the first ones, too, up to the update that makes the optimizer's state. All of this depends on the
+step and the state alone, so a run that is continued or replayed chooses alike.
 """
 
 from __future__ import annotations
@@ -90,14 +90,15 @@ class Graph:
         if check and not self._unchanged():
             raise ChangedError
         total = known_weight(parts, batch)
-        if step == 0 or not self._usual(batch, data, total):
+        slots = self._update.slots()
+        if step == 0 or slots is None or not self._usual(batch, data, total):
             self._has_grads = True
             self.suspects |= check  # it is due as before
             return None
         self.suspects = False
         loss_bound, norm_bound = parts.guard.lets_pass(step)
         self._write(loss_bound, norm_bound, multiplier)
-        (row, norms), num_micro = self._run(batch, data, total, check)
+        (row, norms), num_micro = self._run(batch, data, slots, total, check)
         loss, grad_norm, _, applied = row.tolist()
         if not applied:
             self._has_grads = True
@@ -170,11 +171,11 @@ class Graph:
             self._write_bounds[:] = self._written = bounds
 
     def _run(
-        self, batch: Minibatch, data: list[Tensor], total: Any, check: bool
+        self, batch: Minibatch, data: list[Tensor], slots: Slots, total: Any, check: bool
     ) -> tuple[Sequence[Tensor], int]:
         """What `Traced.finish` returns, and the number of passes."""
         parts, params = self._parts, self._params
-        slots, buffers = self._update.slots(), parts.buffers.live(self._buffers)
+        buffers = parts.buffers.live(self._buffers)
         scale = None if parts.precision.scale is None else parts.precision.scale.scale
         draws = 0 if self._draws is False else word(parts.draws, batch.slots.step)
         if self._whole is not None:

@@ -36,7 +36,9 @@ from surefoot.train_step import Parts, losses_of, probe
 from surefoot.types import Minibatch, Slots
 
 EVERY = 200
-"""Steps between states that a run can go back to, and between looks at layers and at the weights."""
+"""Steps between states that a run can go back to, and between looks at layers and, after eager steps, at
+the weights.
+"""
 SELDOM = 800
 """Steps between those that are kept in memory in compiled runs without a caller's body between steps:
 the others are made again from them, to the same bits and in a moment.
@@ -112,7 +114,7 @@ class Healer:
     # ------------------------------------------------------------------ states to go back to
 
     def look(self) -> Alarm | None:
-        """Whether the weights are finite, which is looked at every `EVERY` steps; if not, the alarm."""
+        """The alarm if the weights are not finite."""
         return None if self.parts.updater.finite() else self.unsound()
 
     def remember(self) -> None:

@@ -78,7 +78,7 @@ class History:
 
     def unsettled(self, step: int) -> bool:
         """Whether more than samples and rates is otherwise than without the guard, at `step` or later."""
-        return bool(self.interventions) and any(
+        return any(
             i.kind == "clip"
             or (i.kind in ("sit_out", "bear") and i.value > step)
             or (i.kind == "anew" and i.begins >= step)

@@ -54,18 +54,22 @@ class FunctionalUpdate:
         self._places = [[places[id(p)] for p in group] for group in self._groups]
         self._settings = [_settings(self._function, group) for group in optimizer.param_groups]
         self._takes_none = self._function is sgd
-        self._slots: Slots = []
-        self._of: Any = None
+        self._slots, self._of = self._kept(), optimizer.state
 
-    def slots(self) -> Slots:
-        """What the optimizer keeps now. Loading a state replaces it."""
+    def slots(self) -> Slots | None:
+        """What the optimizer keeps now; None before its first update, which makes it. Loading a state
+        replaces it.
+        """
         if self._of is not self._optimizer.state:
-            state = self._optimizer.state
-            self._slots = [
-                [[state[p].get(n) for p in group] for n in self._names] for group in self._groups
-            ]
-            self._of = state
+            found = self._kept()
+            if [*map(_is_there, found)] != [*map(_is_there, self._slots)]:
+                return None
+            self._slots, self._of = found, self._optimizer.state
         return self._slots
+
+    def _kept(self) -> Slots:
+        state = self._optimizer.state
+        return [[[state.get(p, {}).get(n) for p in group] for n in self._names] for group in self._groups]
 
     def __call__(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], slots: Slots, rates: Tensor
@@ -77,6 +81,10 @@ class FunctionalUpdate:
             lists = [[] if kept[0] is None and not self._takes_none else kept for kept in slots[group]]
             mine, theirs = [params[i] for i in places], [grads[i] for i in places]
             self._function(mine, theirs, *lists, lr=rates[group], **self._settings[group])
+
+
+def _is_there(kept: list[list[Tensor | None]]) -> list[list[bool]]:
+    return [[one is not None for one in of_name] for of_name in kept]
 
 
 def known(optimizer: Optimizer) -> bool:

@@ -24,7 +24,7 @@ from surefoot.course import (
     without_quarantined,
 )
 from surefoot.graph import Graph, Take
-from surefoot.guard.detect import FINE
+from surefoot.guard.detect import BLOCK, FINE
 from surefoot.guard.review import Alarm
 from surefoot.heal import EVERY
 from surefoot.measure.profile import phase
@@ -144,7 +144,7 @@ def _calm_steps(course: Course, batches: Iterator[Minibatch], clock: Clock, take
     most = min(most, EVERY - state.step % EVERY)
     try:
         while batch is None and alarm is None and clock.boundary < clock.ahead_until:
-            num = min(most - len(taken), guard.calm_for(state.step))
+            num = min(most - len(taken), guard.calm_for(state.step), BLOCK)
             if num < 1:
                 break
             block: list[Taken] = []

@@ -2,14 +2,19 @@
 
 import json
 import shutil
+from contextlib import closing
 
 import pytest
-from conftest import ROOT, surefoot
+import torch
+from conftest import ROOT, blobs, recipe, surefoot
 from test_replay import tree
+from torch.utils.data import TensorDataset
 
 import surefoot as sf
+from surefoot.build import build
 from surefoot.launch.chaos import _apart
-from surefoot.launch.faults import FAULTS
+from surefoot.launch.faults import FAULTS, inject
+from surefoot.record.folder import RunFolder
 
 RECIPE = ROOT / "tests/recipes/calm.py"
 EVERYTHING = ROOT / "tests/recipes/everything.py"
@@ -81,6 +86,31 @@ def test_it_really_happened(day, name, kind):
     assert kind in {"resumed"} or kind not in {
         e["kind"] for e in sf.open_run(out / "undisturbed").events(all_events=True)
     }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("name", "until"),
+    [("nan-samples", 80), ("huge-samples", 80), ("corrupt-block", 45), ("label-noise", 80)],
+)
+def test_data_are_spoilt_from_the_step_on_and_not_in_earlier_epochs(name, until, workers, tmp_path):
+    data = [torch.from_numpy(a) for a in blobs()]  # 8 batches are an epoch
+    source = sf.Dataset(TensorDataset(*data)) if workers else sf.Arrays(*data)
+    operations = sf.Operations(data={"workers": workers})
+    built = build(recipe(data=source, until=80), RunFolder(tmp_path / "run"), operations)
+    right = [built.run.feed.at(step) for step in range(80)]
+    inject(name, built.run, 40)
+    with closing(built.run.feed.batches(0, 80)) as batches:
+        found = [bytes_of(a) != bytes_of(b) for a, b in zip(batches, right, strict=True)]
+    built.run.record.discard()
+    assert not any(found[:40] + found[until:])
+    often = 10 if "samples" in name else until - 40  # five samples come five times each
+    assert found[40]
+    assert sum(found[40:]) >= often
+
+
+def bytes_of(batch):
+    return [leaf.numpy().tobytes() for leaf in batch.data]
 
 
 def test_noisy_labels_and_a_slow_disk_happened(day):

@@ -1,6 +1,6 @@
 """Faults for game days: what `surefoot chaos` does to a run within its own process, once it is ready.
 
-Neither recipe nor data on disk change: a source, a schedule or an objective is wrapped, or the state is
+Neither recipe nor data on disk change: a feed, a schedule or an objective is wrapped, or the state is
 touched once. So the run keeps its identity, and what the guard replays is spoilt alike where the fault lies
 in the data, and not where it was the machine's.
 """
@@ -14,7 +14,7 @@ import signal
 import stat
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from surefoot.data.feed import Feed
 from surefoot.errors import OperationsError
 from surefoot.optim.schedules import Curve, Resolved
 from surefoot.train import Run
-from surefoot.types import HOLE, Ids, Tree, leaves, map_leaves
+from surefoot.types import HOLE, Ids, Slots, Tree, leaves, map_leaves
 
 Meddle = Callable[[int], None]
 """Called after each attempted update with the number of updates done."""
@@ -46,8 +47,10 @@ class Fault:
 
 
 FAULTS = {
-    "nan-samples": Fault("a sample that is not finite, in five steps"),
-    "huge-samples": Fault("a sample ten thousand times too large, its sign turned, in five steps"),
+    "nan-samples": Fault("five samples that are not finite from a step on"),
+    "huge-samples": Fault(
+        "five samples that are from a step on ten thousand times too large, their sign turned"
+    ),
     "corrupt-block": Fault("five batches in which one number in twenty is ten thousand times too large"),
     "label-noise": Fault("forty batches whose targets are shuffled"),
     "rate-x100": Fault("a learning rate a hundred times too high from a step on"),
@@ -72,10 +75,10 @@ def inject(name: str, run: Run, at: int) -> Meddle:
         OperationsError: this run cannot have it.
     """
     return {
-        "nan-samples": lambda: _spoil_data(run, _some(at), _not_finite),
-        "huge-samples": lambda: _spoil_data(run, _some(at), _too_large),
-        "corrupt-block": lambda: _spoil_data(run, range(at, at + _BLOCK_STEPS), _corrupt, whole=True),
-        "label-noise": lambda: _spoil_data(run, range(at, at + _NOISY_STEPS), _shuffle_targets, whole=True),
+        "nan-samples": lambda: _spoil_samples(run, at, _not_finite),
+        "huge-samples": lambda: _spoil_samples(run, at, _too_large),
+        "corrupt-block": lambda: _spoil(run, range(at, at + _BLOCK_STEPS), _corrupt),
+        "label-noise": lambda: _spoil(run, range(at, at + _NOISY_STEPS), _shuffle_targets),
         "rate-x100": lambda: _raise_rate(run, at),
         "bit-flip": lambda: _once(at, lambda: _flip(run)),
         "momentum": lambda: _once(at, lambda: _lengthen(run)),
@@ -112,44 +115,47 @@ def _nothing(step: int) -> None:
 How = Callable[[list[Tensor], NDArray[np.bool_]], None]
 
 
-class _Spoilt:
-    """A source of which some samples are spoilt, whenever they are read."""
+@dataclass(frozen=True)
+class _Spoilt(Feed):
+    """A feed that spoils samples in some steps, whenever these are taken.
 
-    def __init__(self, source: Any, bad: Ids, how: How) -> None:
-        self._source, self._bad, self._how = source, bad, how
-        if hasattr(source, "fetch_keyed"):
-            self.fetch_keyed = self._fetch_keyed
+    bad: the samples; None: all of those steps.
+    """
 
-    def __len__(self) -> int:
-        return len(self._source)
+    steps: range = range(0)
+    bad: Ids | None = None
+    how: How = lambda tensors, rows: None
 
-    def fetch(self, ids: Ids) -> Tree:
+    @property
+    def at_hand(self) -> bool:
+        """No: each batch goes through `fetch`."""
+        return False
+
+    def fetch(self, slots: Slots) -> Tree:
         """Rows, some of them spoilt."""
-        return self._spoil(self._source.fetch(ids), ids)
-
-    def _fetch_keyed(self, ids: Ids, keys: NDArray[np.uint64]) -> Tree:
-        return self._spoil(self._source.fetch_keyed(ids, keys), ids)
-
-    def _spoil(self, data: Tree, ids: Ids) -> Tree:
-        rows = np.isin(ids, self._bad)
-        if rows.any():
+        data, ids = super().fetch(slots), slots.ids
+        rows = (ids != HOLE) if self.bad is None else np.isin(ids, self.bad)
+        if slots.step in self.steps and rows.any():
             data = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, data)
-            self._how([leaf for leaf in leaves(data) if isinstance(leaf, Tensor)], rows)
+            self.how([leaf for leaf in leaves(data) if isinstance(leaf, Tensor)], rows)
         return data
 
 
-def _spoil_data(run: Run, steps: range, how: How, *, whole: bool = False) -> Meddle:
-    feed = run.feed
-    ids = [feed.plan.ids(step) for step in steps if step < run.total]
-    bad = np.unique(np.concatenate(ids if whole else [batch[:1] for batch in ids]))
-    tensors = [leaf for leaf in leaves(feed.at(0).data) if isinstance(leaf, Tensor)]
+def _spoil_samples(run: Run, at: int, how: How) -> Meddle:
+    """The first samples of some steps, from step `at` on for good."""
+    firsts = np.array([run.feed.plan.ids(step)[0] for step in _some(at) if step < run.total])
+    return _spoil(run, range(at, run.total), how, bad=firsts)
+
+
+def _spoil(run: Run, steps: range, how: How, *, bad: Ids | None = None) -> Meddle:
+    tensors = [leaf for leaf in leaves(run.feed.at(0).data) if isinstance(leaf, Tensor)]
     if how is _shuffle_targets and len(tensors) < 2:
         raise OperationsError("label-noise needs data that are (inputs, targets).")
     if how is not _shuffle_targets and not (tensors and tensors[0].is_floating_point()):
         kind = tensors[0].dtype if tensors else "no tensors"
         raise OperationsError(f"this fault needs inputs that are floating-point numbers; they are {kind}.")
-    spoilt = _Spoilt(feed.source, bad[bad != HOLE], how)
-    run.feed = run.healer.feed = replace(feed, source=spoilt)
+    kept = {f.name: getattr(run.feed, f.name) for f in fields(Feed) if f.init}
+    run.feed = run.healer.feed = _Spoilt(**kept, steps=steps, bad=bad, how=how)
     return _nothing
 
 

@@ -204,6 +204,7 @@ def test_what_a_recipe_cannot_have_is_not_run(day, tmp_path):
         ({"loss": 0.001, "train_loss": 1.0}, {"loss": 0.0001, "train_loss": 0.1}, False),
         ({"loss": 0.05}, {"loss": 0.1}, True),
         ({"mine": 1.1}, {"mine": 1.0}, False),
+        ({"distance": 7.4e-16}, {"distance": 7.1e-16}, True),
         ({}, {"accuracy": 0.9}, False),
         ({"train_loss": 1.0}, {"train_loss": 0.5}, True),
     ],

@@ -26,7 +26,7 @@ Train = Callable[[Path, str, int], int]
 """Trains into a folder, with a fault of its own process ("" for none) at a step; the exit code."""
 CANNOT = 5
 """The exit code if it cannot have its fault."""
-_CLOSE = 0.02
+_CLOSE, _ROUNDING = 0.02, 1e-9
 
 
 @dataclass(frozen=True)
@@ -245,6 +245,7 @@ _HIGHER = ("accuracy", "auc", "auroc", "f1", "precision", "recall", "r2", "iou")
 def _apart(told: dict[str, float], clean: dict[str, float]) -> str:
     """Which metric is not within 2 % of the undisturbed run's, or better where it is known which way is
     better. The validation loss counts if there is nothing plainer; the loss of the last batch does not.
+    Metrics of about zero are alike.
     """
     validated = {n: x for n, x in clean.items() if n != "train_loss"}
     for name, then in ({n: x for n, x in validated.items() if n != "loss"} or validated).items():
@@ -253,7 +254,7 @@ def _apart(told: dict[str, float], clean: dict[str, float]) -> str:
         off = (
             now - then if lower and not higher else then - now if higher and not lower else abs(now - then)
         )
-        if not (math.isfinite(now) and off <= _CLOSE * abs(then)):
+        if not (math.isfinite(now) and off <= max(_CLOSE * abs(then), _ROUNDING)):
             return f"{name} is {now:.4g}, and {then:.4g} undisturbed"
     return ""
 

@@ -164,6 +164,24 @@ def test_a_run_that_learns_nothing_by_heart_or_slowly(fit):
     assert "plateau" in {r.runbook for r in explained(flat.run_dir).remarks}
 
 
+def test_a_validation_loss_that_does_not_follow(fit):
+    x, y = blobs(600)
+    x[::40] *= 1e4  # in most batches, and batch norm's running statistics
+
+    def model():
+        return nn.Sequential(nn.BatchNorm1d(8), mlp())
+
+    def remarks(x):
+        run = fit(
+            data=sf.Arrays(x, y), model=model, until=300, guard=sf.Guard("off"),
+            validation=sf.Validation(sf.Arrays(*blobs(600)), every=30),
+        )  # fmt: skip
+        return {r.runbook for r in explained(run.run_dir).remarks}
+
+    assert "validation-apart" in remarks(x)
+    assert "validation-apart" not in remarks(blobs(600)[0])
+
+
 class Sleepy:
     def __len__(self):
         return 128

@@ -266,7 +266,7 @@ def _on_the_loss(log: Columns) -> list[Remark]:
 
 
 def _on_validation(log: Columns, events: Sequence[Event]) -> list[Remark]:
-    """Whether the validation loss turned while the training loss went on falling."""
+    """Whether the validation loss turned while the training loss went on falling, or never followed it."""
     told = [e for e in events if e["kind"] == "validated" and "loss" in e["metrics"]]
     by_step = {int(e["step"]): float(e["metrics"]["loss"]) for e in told}
     steps, losses = np.array(sorted(by_step)), np.array([by_step[s] for s in sorted(by_step)])
@@ -274,14 +274,28 @@ def _on_validation(log: Columns, events: Sequence[Event]) -> list[Remark]:
         return []
     best = int(losses.argmin())
     rise, drop = losses[-1] - losses[best], losses[0] - losses[best]
-    if best == len(losses) - 1 or rise <= _GAP * max(drop, abs(losses[best])):
+    if best < len(losses) - 1 and rise > _GAP * max(drop, abs(losses[best])):
+        return [
+            Remark(
+                f"The validation loss was best after step {steps[best]:,} ({losses[best]:.4g}) and rose to "
+                f"{losses[-1]:.4g} since: the model learns its training data by heart.",
+                "Stop there (early_stopping), or regularise: weight decay, dropout, augmentation, more "
+                "data. checkpoint.keep_best keeps the best state.",
+                "overfitting",
+            )
+        ]
+    trained = log["loss"][np.isfinite(log["loss"])]
+    if len(trained) < _FEW:
         return []
-    return [
-        Remark(
-            f"The validation loss was best after step {steps[best]:,} ({losses[best]:.4g}) and rose to "
-            f"{losses[-1]:.4g} since: the model learns its training data by heart.",
-            "Stop there (early_stopping), or regularise: weight decay, dropout, augmentation, more data. "
-            "checkpoint.keep_best keeps the best state.",
-            "overfitting",
-        )
-    ]
+    first, now = float(trained[0]), float(np.median(trained[-len(trained) // 10 :]))
+    if now < 0.5 * first and losses[best] > 0.75 * first:
+        return [
+            Remark(
+                f"The training loss fell from {first:.4g} to {now:.4g}, and the validation loss was never "
+                f"below {losses[best]:.4g}: what is learned does not hold for the validation data.",
+                "Are both prepared alike? With batch norm, a few training samples far out of range ruin "
+                "its running statistics, though the training loss looks well.",
+                "validation-apart",
+            )
+        ]
+    return []

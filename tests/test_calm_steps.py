@@ -319,7 +319,7 @@ def test_a_first_update_that_overflows_ends_a_compiled_run_as_an_eager_one(tmp_p
     assert [(end.status, end.step) for end in ends] == 2 * [("diverged", 50)]
 
 
-def test_a_compiled_run_that_goes_back_to_its_start_may_sit_updates_out(tmp_path):
+def test_the_first_updates_of_a_compiled_run_may_be_sat_out(tmp_path):
     sat_out = Intervention("sit_out", 0, 0, 40.0)
     built = build(recipe(optimizer=sf.AdamW(lr=0.01), until=300), RunFolder(tmp_path / "run"), compiled())
     built.run.parts.guard.history = built.run.parts.guard.history.with_(sat_out)

@@ -1,6 +1,7 @@
 """What happened in a run is told from its log and events, and every kind of trouble has a runbook."""
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -17,6 +18,7 @@ from torch import nn
 
 import surefoot as sf
 from surefoot.cli.explain import explain_run
+from surefoot.export.explain import _on_validation
 from surefoot.guard.layers import Layers
 from surefoot.record.bundles import LEAVE_A_BUNDLE, redacted, variables
 from surefoot.record.incidents import DETECTORS, KINDS, of_event
@@ -166,7 +168,7 @@ def test_a_run_that_learns_nothing_by_heart_or_slowly(fit):
 
 def test_a_validation_loss_that_does_not_follow(fit):
     x, y = blobs(600)
-    x[::40] *= 1e4  # in most batches, and batch norm's running statistics
+    x[:4] *= 1e4  # in a fifth of the batches, and in batch norm's running statistics
 
     def model():
         return nn.Sequential(nn.BatchNorm1d(8), mlp())
@@ -180,6 +182,28 @@ def test_a_validation_loss_that_does_not_follow(fit):
 
     assert "validation-apart" in remarks(x)
     assert "validation-apart" not in remarks(blobs(600)[0])
+
+
+@pytest.mark.parametrize(
+    ("trained", "validated", "found"),
+    [
+        ([2.0] + 99 * [0.1], [1.9, 1.8, 1.9, 1.85], {"validation-apart"}),
+        ([2.0] + 99 * [0.1], [1.9, 1.8, 3.9, 4.0], {"validation-apart", "overfitting"}),
+        ([2.0] + 99 * [0.1], 4 * [math.inf], {"validation-apart"}),
+        ([2.0] + 99 * [0.1], [1.9, 1.8, 1.9, math.nan], {"validation-apart"}),
+        ([2.0] + 99 * [0.1], [1.9, 0.5, 0.4, 0.3], set()),
+        ([2.0] + 99 * [1.5], [1.9, 1.8, 1.9, 1.85], set()),
+        (100 * [-1.0], 4 * [-0.7], set()),
+        ([0.6] + 49 * [0.0, 1.0], 4 * [0.5], set()),  # one sample each: most losses are below the mean
+    ],
+)
+def test_training_beside_validation(trained, validated, found):
+    num = len(trained)
+    log = {"step": np.arange(num), "loss": np.array(trained), "permitted": np.ones(num, int)}
+    events = [
+        {"kind": "validated", "step": 10 * i, "metrics": {"loss": loss}} for i, loss in enumerate(validated)
+    ]
+    assert {remark.runbook for remark in _on_validation(log, events)} == found
 
 
 class Sleepy:

@@ -30,6 +30,8 @@ _TOLERANCE = 1e-2  # of other kernels
 _REPEATS = 1e-5  # of the same ones, of which some may not repeat to the bit
 _MOST_TRIED = 8
 """Batches among which a finite one is looked for."""
+_MOST_HALVED = 32
+"""Tries of a step: each that overflows halves the loss scale."""
 
 
 class Trial(NamedTuple):
@@ -46,7 +48,9 @@ def compiled_step(t: Trial) -> tuple[Graph | None, str]:
     parts, before = t.parts, t.state.snapshot().copy()
     unchanged = Unchanged(parts.model, [parts.objective, *parts.transforms])
     try:
-        train_step(parts, _finite(t, range(_MOST_TRIED))[0], 0.0)  # which makes the optimizer's state
+        first = _finite(t, range(_MOST_TRIED))[0]
+        if not any(train_step(parts, first, 0.0).permitted for _ in range(_MOST_HALVED)):
+            return None, "no update of the first batches is applied"  # so the optimizer has no state
         if not unchanged():
             return None, "the model, the objective or a transform changes its attributes in a step"
         if _draws_elsewhere(parts, t.batch(0)):

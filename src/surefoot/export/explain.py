@@ -270,12 +270,29 @@ def _on_validation(log: Columns, events: Sequence[Event]) -> list[Remark]:
     told = [e for e in events if e["kind"] == "validated" and "loss" in e["metrics"]]
     by_step = {int(e["step"]): float(e["metrics"]["loss"]) for e in told}
     steps, losses = np.array(sorted(by_step)), np.array([by_step[s] for s in sorted(by_step)])
-    if len(steps) < 4 or not np.isfinite(losses).all() or len(log["step"]) < _FEW:
+    if len(steps) < 4 or len(log["step"]) < _FEW:
         return []
-    best = int(losses.argmin())
+    finite = np.isfinite(losses)
+    best = int(np.where(finite, losses, np.inf).argmin())
+    remarks = []
+    trained = log["loss"][np.isfinite(log["loss"]) & (log["permitted"] > 0)]
+    if not len(trained):
+        return []
+    first, now = float(trained[0]), float(trained[-max(_FEW, len(trained) // 10) :].mean())
+    if first > 0 and now < 0.5 * first and not losses[best] <= 0.75 * first:
+        never = f"never below {losses[best]:.4g}" if finite.any() else "never finite"
+        remarks.append(
+            Remark(
+                f"The training loss fell from {first:.4g} to {now:.4g}, and the validation loss was "
+                f"{never}: what is learned does not hold for the validation data.",
+                "Are both prepared alike? With batch norm, a few training samples far out of range ruin "
+                "its running statistics, though the training loss looks well. Else there are too few data.",
+                "validation-apart",
+            )
+        )
     rise, drop = losses[-1] - losses[best], losses[0] - losses[best]
-    if best < len(losses) - 1 and rise > _GAP * max(drop, abs(losses[best])):
-        return [
+    if finite.all() and best < len(losses) - 1 and rise > _GAP * max(drop, abs(losses[best])):
+        remarks.append(
             Remark(
                 f"The validation loss was best after step {steps[best]:,} ({losses[best]:.4g}) and rose to "
                 f"{losses[-1]:.4g} since: the model learns its training data by heart.",
@@ -283,19 +300,5 @@ def _on_validation(log: Columns, events: Sequence[Event]) -> list[Remark]:
                 "data. checkpoint.keep_best keeps the best state.",
                 "overfitting",
             )
-        ]
-    trained = log["loss"][np.isfinite(log["loss"])]
-    if len(trained) < _FEW:
-        return []
-    first, now = float(trained[0]), float(np.median(trained[-len(trained) // 10 :]))
-    if now < 0.5 * first and losses[best] > 0.75 * first:
-        return [
-            Remark(
-                f"The training loss fell from {first:.4g} to {now:.4g}, and the validation loss was never "
-                f"below {losses[best]:.4g}: what is learned does not hold for the validation data.",
-                "Are both prepared alike? With batch norm, a few training samples far out of range ruin "
-                "its running statistics, though the training loss looks well.",
-                "validation-apart",
-            )
-        ]
-    return []
+        )
+    return remarks

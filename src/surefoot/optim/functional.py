@@ -57,8 +57,8 @@ class FunctionalUpdate:
         self._slots, self._of = self._kept(), optimizer.state
 
     def slots(self) -> Slots | None:
-        """What the optimizer keeps now; None before its first update, which makes it. Loading a state
-        replaces it.
+        """What the optimizer keeps now; None while it lacks any that it had when this was made, as before
+        its first update. Loading a state replaces it.
         """
         if self._of is not self._optimizer.state:
             found = self._kept()

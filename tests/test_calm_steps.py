@@ -326,3 +326,29 @@ def test_the_first_updates_of_a_compiled_run_may_be_sat_out(tmp_path):
     for _ in run_steps(built):
         pass
     assert sf.open_run(tmp_path / "run").log()["verdict"].tolist() == 40 * [SAT_OUT] + 260 * [FINE]
+
+
+def test_a_first_step_in_fp16_that_overflows_is_tried_again_at_a_lower_scale(tmp_path):
+    def objective(model, data):
+        return 100.0 * F.cross_entropy(model(data[0]), data[1], reduction="none")
+
+    changed = recipe(
+        objective=objective, precision="fp16", optimizer=sf.SGD(lr=1e-4, momentum=0.9), until=100
+    )
+    built = build(changed, RunFolder(tmp_path / "run"), compiled())
+    assert built.notes[0].startswith("compiled: the whole step")
+    for _ in run_steps(built):
+        pass
+    permitted = sf.open_run(tmp_path / "run").log()["permitted"]
+    assert permitted[0] == 0
+    assert permitted[20:].all()
+
+
+def test_batches_of_which_none_can_be_applied_are_named_as_the_reason(tmp_path):
+    x, y = blobs()
+    changed = recipe(data=sf.Arrays(np.full_like(x, np.nan), y))
+    built = build(changed, RunFolder(tmp_path / "run"), compiled())
+    assert "no update of the first batches is applied" in built.notes[0]
+    for _ in run_steps(built):
+        pass
+    assert built.run.status != "failed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from surefoot.data.holes import leave_out
-from surefoot.train_step import Parts, losses_of, probe
+from surefoot.train_step import Parts, Probe, losses_of, probe
 from surefoot.types import HOLE, Minibatch, leaves
 
 _MOST = 8
@@ -45,22 +46,28 @@ def to_blame(parts: Parts, batch: Minibatch) -> Blame:
 
 def _suspects(parts: Parts, batch: Minibatch) -> tuple[int, ...]:
     losses = losses_of(parts, batch)
-    broken = _ids(batch, ~torch.isfinite(losses))
-    if broken or not math.isfinite(probe(parts, batch)[1]):
-        return _breaking(parts, batch, broken or _ids(batch, torch.isfinite(losses)))
+    broken, found = _ids(batch, ~torch.isfinite(losses)), probe(parts, batch)
+    everyone = _ids(batch, torch.ones_like(losses, dtype=torch.bool))
+    if broken or not math.isfinite(found.grad_norm):
+        return _breaking(parts, batch, broken or everyone, lambda p: all(map(math.isfinite, p[:2])))
+    if not parts.guard.keeps_statistics(found.growth):
+        return _breaking(parts, batch, everyone, lambda p: parts.guard.keeps_statistics(p.growth))
     return _outweighing(parts, batch, losses)
 
 
-def _breaking(parts: Parts, batch: Minibatch, suspects: tuple[int, ...]) -> tuple[int, ...]:
+def _breaking(
+    parts: Parts, batch: Minibatch, suspects: tuple[int, ...], is_sound: Callable[[Probe], bool]
+) -> tuple[int, ...]:
     """Those of the suspects that break a step even alone, by bisection. (A sample's own loss does not
-    tell: batch norm carries what is not finite to its neighbours.)
+    tell: batch norm carries what is not finite to its neighbours, and hides what is too large.)
     """
     groups = [suspects]
     while any(len(group) > 1 for group in groups):
         halves = [half for g in groups for half in (g[: len(g) // 2], g[len(g) // 2 :]) if half]
         groups = []
         for half in halves:
-            if not _is_finite(parts, batch, set(suspects) - set(half)):
+            others = np.isin(batch.slots.ids, list(set(suspects) - set(half)))
+            if not is_sound(probe(parts, leave_out(batch, others))):
                 groups.append(half)
             if len(groups) > _MOST:  # not a few samples: the step itself
                 return ()
@@ -84,12 +91,6 @@ def _outweighing(parts: Parts, batch: Minibatch, losses: Tensor) -> tuple[int, .
         else:
             low = middle
     return tuple(sorted(ranked[:high]))
-
-
-def _is_finite(parts: Parts, batch: Minibatch, out: set[int]) -> bool:
-    """Whether loss and gradient are, without these samples."""
-    left = leave_out(batch, np.isin(batch.slots.ids, list(out)))
-    return all(math.isfinite(number) for number in probe(parts, left))
 
 
 def _without(parts: Parts, batch: Minibatch, ids: tuple[int, ...]) -> bool:

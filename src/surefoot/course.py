@@ -27,7 +27,15 @@ from surefoot.data.holes import leave_out
 from surefoot.data.plan import Cadence
 from surefoot.errors import RecipeError
 from surefoot.graph import Graph
-from surefoot.guard.detect import FINE, GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE, SAT_OUT
+from surefoot.guard.detect import (
+    FINE,
+    GRADIENT_SPIKE,
+    LOSS_SPIKE,
+    MOST_GROWTH,
+    NOT_FINITE,
+    SAT_OUT,
+    STATISTICS_SPIKE,
+)
 from surefoot.guard.layers import Layer, layers_of
 from surefoot.guard.review import Alarm
 from surefoot.guard.stop import Stop
@@ -329,6 +337,11 @@ def _why_refused(course: Course, loss: float, grad_norm: float, verdict: int) ->
         return "gradient spike: far longer than usual"
     if verdict == LOSS_SPIKE:
         return "loss spike: far above what is usual"
+    if verdict == STATISTICS_SPIKE:
+        return (
+            "statistics spike: a normalization layer's running variance would have become more than "
+            f"{MOST_GROWTH:g} times as large"
+        )
     if not math.isfinite(loss):
         return "loss is not finite"
     if math.isfinite(grad_norm):

@@ -29,7 +29,7 @@ _YES = torch.tensor(True)
 CHECK_EVERY = 800
 """Steps that end at a multiple of it check all that the trace depended on."""
 
-Take = Callable[[Minibatch, float, tuple[float, float]], "tuple[list[float], Tensor] | None"]
+Take = Callable[[Minibatch, float, tuple[float, float, float]], "tuple[list[float], Tensor] | None"]
 
 
 class Graph:
@@ -71,7 +71,7 @@ class Graph:
         self._fixed: list[Tensor] = []
         self._fixed_of: Slots | None = None
         self._draws: bool | None = None
-        self._bounds = torch.empty(3, dtype=torch.float64)
+        self._bounds = torch.empty(4, dtype=torch.float64)
         self._most_lr = max(map(abs, parts.base_lr))
         self._rates = torch.empty(len(parts.base_lr), dtype=torch.float64)
         self._write_bounds, self._write_rates = self._bounds.numpy(), self._rates.numpy()
@@ -96,8 +96,7 @@ class Graph:
             self.suspects |= check  # it is due as before
             return None
         self.suspects = False
-        loss_bound, norm_bound = parts.guard.lets_pass(step)
-        self._write(loss_bound, norm_bound, multiplier)
+        self._write(*parts.guard.lets_pass(step), multiplier)
         (row, norms), num_micro = self._run(batch, data, slots, total, check)
         loss, grad_norm, _, applied = row.tolist()
         if not applied:
@@ -118,7 +117,7 @@ class Graph:
 
     def direct(self, step: int) -> tuple[int, Take | None]:
         """How many steps from `step` on need no look at anything but what comes out; and what takes one of
-        them at a multiplier, within the guard's bounds for loss and norm: its numbers and the gradient's
+        them at a multiplier, within the guard's bounds (`Watch.lets_pass`): its numbers and the gradient's
         norms per parameter, or None, with nothing changed, if it is unusual. Their batches are of the
         arrays that the first was of. Drops the gradients of an eager step.
         """
@@ -134,7 +133,7 @@ class Graph:
         draws = parts.draws if self._draws else None
 
         def take(
-            batch: Minibatch, multiplier: float, bounds: tuple[float, float]
+            batch: Minibatch, multiplier: float, bounds: tuple[float, float, float]
         ) -> tuple[list[float], Tensor] | None:
             total = known_weight(parts, batch)
             if batch.weights is not None or batch.num_rows != num_rows or _kind(total) != weight:
@@ -161,12 +160,13 @@ class Graph:
         same = batch.weights is None and _kind(total) == self._weight
         return same and form(batch.data, data) == self._form
 
-    def _write(self, loss_bound: float, norm_bound: float, multiplier: float) -> None:
+    def _write(self, loss: float, norm: float, growth: float, multiplier: float) -> None:
+        """The rates of a step, and what it is applied up to."""
         rates = self._write_rates
         for i, lr in enumerate(self._parts.base_lr):  # one by one: a slice takes longer for a few
             rates[i] = lr * multiplier
         far = FAR_FROM_OVERFLOW / max(1.0, self._most_lr * abs(multiplier))
-        bounds = loss_bound, min(norm_bound, far), far
+        bounds = loss, min(norm, far), far, growth
         if bounds != self._written:
             self._write_bounds[:] = self._written = bounds
 

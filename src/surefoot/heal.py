@@ -265,7 +265,7 @@ class Healer:
             return False
         first = abs(self.parts.guard.reviewed.first)
         for step, loss in then.items():
-            now, norm = probe(self.parts, self.batch(step))
+            now, norm, _ = probe(self.parts, self.batch(step))
             if not (math.isfinite(norm) and now <= loss + max(0.5 * abs(loss), 0.1 * first)):
                 return False
         return True

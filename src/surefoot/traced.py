@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
+from surefoot.optim.buffers import growth
 from surefoot.optim.functional import FunctionalUpdate, Slots
 from surefoot.optim.gradients import global_norm, norms_of
 from surefoot.train_step import Parts, losses_and_weights, positive, share_of
@@ -39,6 +40,9 @@ class Traced:
     ) -> None:
         self._parts, self._names, self._others = parts, list(trained), others
         self._update, self._buffers, self._num_rows = update, buffers, num_rows
+        index = {name: i for i, name in enumerate(buffers)}
+        pairs = parts.buffers.statistics if parts.guard.on else []
+        self._statistics = [[index[name] for name in names] for names in zip(*pairs, strict=True)]
         self._called = _Called(parts)
 
     def whole(
@@ -114,6 +118,9 @@ class Traced:
         moved = global_norm([p - o for p, o in zip(params, old[: len(params)], strict=True)])
         size = global_norm([*old[: len(params)], *self._others])
         within = (loss <= bounds[0]) & (norm <= bounds[1]) & (size <= bounds[2])
+        if self._statistics:
+            kept, left = ([[at[i] for i in those] for those in self._statistics] for at in (buffers, after))
+            within &= growth(kept, left, self._parts.buffers.settings()) <= bounds[3]
         applied = within & torch.isfinite(loss) & torch.isfinite(moved)
         for now, then in zip(changing, old, strict=True):
             now.copy_(torch.where(applied, now, then))

@@ -113,10 +113,11 @@ def train_step(
     grad_norm = norm = torch.linalg.vector_norm(norms)
     step = batch.slots.step
     with phase("permit and clip"):
+        growth = parts.buffers.growth() if parts.guard.on else None
         if inside is None:
-            permit = parts.guard.permit(loss, grad_norm, step=step, scaled=scale is not None)
+            permit = parts.guard.permit(loss, grad_norm, growth, step=step, scaled=scale is not None)
         else:
-            permit = parts.guard.permit_by(inside.decide, loss, grad_norm, scaled=scale is not None)
+            permit = parts.guard.permit_by(inside.decide, loss, grad_norm, growth, scaled=scale is not None)
         permitted, verdict, clip = permit
         if isinstance(clip, Tensor) or clip < 1.0:
             torch._foreach_mul_(grads, clip)
@@ -169,15 +170,21 @@ def _gradients(
     return loss, trained, grads, num_micro
 
 
-def probe(parts: Parts, batch: Minibatch, *, each: list[Tensor] | None = None) -> tuple[float, float]:
-    """Loss, and norm of the gradient, that a step with this batch would have; nothing is changed. The
-    samples' losses are added to `each`.
-    """
+class Probe(NamedTuple):
+    """What the guard would decide a step by. growth: of running statistics, 1 without any."""
+
+    loss: float
+    grad_norm: float
+    growth: float
+
+
+def probe(parts: Parts, batch: Minibatch, *, each: list[Tensor] | None = None) -> Probe:
+    """What a step with this batch would have; nothing is changed. The samples' losses go into `each`."""
     parts.buffers.remember()
     loss, _, grads, _ = _gradients(parts, batch, each)
-    norm = global_norm(grads).item()
+    norm, growth = global_norm(grads).item(), parts.buffers.growth()
     parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
-    return loss.item(), norm
+    return Probe(loss.item(), norm, 1.0 if growth is None else growth.item())
 
 
 def gradient_norms(parts: Parts, batch: Minibatch) -> list[float]:

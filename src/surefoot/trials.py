@@ -77,7 +77,7 @@ def _finite(t: Trial, steps: range) -> tuple[Minibatch, tuple[float, float]]:
     """The first of these batches whose loss and gradient norm are finite, and these; else the last."""
     for step in steps:
         batch = t.batch(step)
-        found = probe(t.parts, batch)
+        found = probe(t.parts, batch)[:2]
         if all(map(math.isfinite, found)):
             break
     return batch, found
@@ -155,7 +155,7 @@ def captured_step(t: Trial) -> tuple[Captured | None, str]:
             return None, f"{ELSEWHERE}, or from those of the CPU"
         with _waiting_is_an_error():  # which a capture that waits is, too, but leaves broken
             train_step(parts, batch, 0.0)
-        expected = probe(parts, batch)
+        expected = probe(parts, batch)[:2]
         graph = Captured(parts)
         found = graph.try_out(batch)
     except SurefootError:

@@ -20,8 +20,14 @@ BURN_IN = 64
 BLOCK = 32
 EARLIEST = 1
 """Steps after which a crude judgement is possible."""
-FINE, NOT_FINITE, GRADIENT_SPIKE, LOSS_SPIKE, SAT_OUT = 0, 1, 2, 3, 4
-"""Verdicts on a step. Sat out: the guard had decided before that it should be."""
+FINE, NOT_FINITE, GRADIENT_SPIKE, LOSS_SPIKE, SAT_OUT, STATISTICS_SPIKE = range(6)
+"""Verdicts on a step. Sat out: the guard had decided before that it should be. Statistics spike: see
+`MOST_GROWTH`.
+"""
+MOST_GROWTH = 4.0
+"""By what running statistics may grow in a step (`surefoot.optim.buffers.growth`). Each batch is normalized
+by its own, so what ruins them need not show in the loss or in the gradient.
+"""
 
 _EACH = (1 - 0.98**BLOCK) / BLOCK  # what a step counts for in the running statistics
 _SPREAD = 1.03 * _EACH  # in the variance, which winsorising makes smaller

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -11,7 +12,14 @@ import torch
 from torch import Tensor
 
 from surefoot.errors import RecipeError
-from surefoot.guard.detect import FINE, NOT_FINITE, SAT_OUT, Decision
+from surefoot.guard.detect import (
+    FINE,
+    MOST_GROWTH,
+    NOT_FINITE,
+    SAT_OUT,
+    STATISTICS_SPIKE,
+    Decision,
+)
 from surefoot.guard.history import History
 from surefoot.guard.judge import CALM, Judge
 from surefoot.guard.layers import Layers
@@ -93,16 +101,23 @@ class Watch:
         self._device = device
         self.judge = Judge(device)
 
-    def permit(self, loss: Tensor, grad_norm: Tensor, *, step: int, scaled: bool) -> Permit:
-        """Whether the update of `step` may be applied, and at what length; both numbers are 0-d tensors.
+    def permit(
+        self, loss: Tensor, grad_norm: Tensor, growth: Tensor | None = None, *, step: int, scaled: bool
+    ) -> Permit:
+        """Whether the update of `step` may be applied, and at what length; the numbers are 0-d tensors.
 
-        scaled: fp16's loss scale needs updates that are not finite to be refused, whatever the mode.
+        growth: of running statistics, if the model has any. scaled: fp16's loss scale needs updates that
+        are not finite to be refused, whatever the mode.
         """
         if self.judge.on_host:
-            return self.permit_on_host(loss.item(), grad_norm.item(), step=step, scaled=scaled)
+            most = self._most_growth()
+            permit = self.permit_on_host(loss.item(), grad_norm.item(), step=step, scaled=scaled)
+            if growth is None or not self.on or permit.verdict != FINE or growth.item() <= most:
+                return permit
+            return Permit(_NO if self.heals else _YES, STATISTICS_SPIKE, permit.clip)
         if self.on:
             self._begin_anew(step)
-        permitted, verdict, clip = self.permit_by(self.judge.take, loss, grad_norm, scaled=scaled)
+        permitted, verdict, clip = self.permit_by(self.judge.take, loss, grad_norm, growth, scaled=scaled)
         if isinstance(verdict, Tensor) and isinstance(clip, Tensor):  # it heals
             limit = self.history.most_norm(step)
             if limit is not None:
@@ -112,14 +127,24 @@ class Watch:
         return Permit(permitted, verdict, clip)
 
     def permit_by(
-        self, decide: Callable[[Tensor, Tensor], Decision], loss: Tensor, grad_norm: Tensor, *, scaled: bool
+        self,
+        decide: Callable[[Tensor, Tensor], Decision],
+        loss: Tensor,
+        grad_norm: Tensor,
+        growth: Tensor | None,
+        *,
+        scaled: bool,
     ) -> Permit:
         """`permit` on a device by what `decide` makes of loss and norm, where `is_usual`."""
         finite = (loss - loss) + (grad_norm - grad_norm) == 0  # inf - inf and NaN - NaN are NaN
         watched = Permit(finite if scaled else torch.ones_like(finite), 0.0, 1.0)
         if not self.on:
             return watched
+        most = self._most_growth()
         verdict, clip, _ = decide(loss.double(), grad_norm.double())
+        if growth is not None:
+            spike = (verdict == FINE) & ~(growth <= most)
+            verdict = torch.where(spike, STATISTICS_SPIKE, verdict)
         if not self.heals:
             return watched._replace(verdict=verdict)
         return Permit(verdict == FINE, verdict, clip)
@@ -137,19 +162,25 @@ class Watch:
             return False
         return self.judge.allowed is not None
 
-    def lets_pass(self, step: int) -> tuple[float, float]:
-        """Loss and norm of the gradient up to which `permit` is certain to say yes, on a host, and not to
-        shorten it.
+    def _most_growth(self) -> float:
+        """Of running statistics. In the first step, which may be with data quite unlike those that they are
+        of, any finite one will do.
+        """
+        return sys.float_info.max if self.judge.begins else MOST_GROWTH
+
+    def lets_pass(self, step: int) -> tuple[float, float, float]:
+        """Loss, norm of the gradient, and growth of running statistics up to which `permit` is certain to
+        say yes, on a host, and not to shorten it.
         """
         if not self.on:
-            return math.inf, math.inf
+            return math.inf, math.inf, math.inf
         loss, norm = self.judge.certain_below()
         if self.heals and self.history.interventions:
             if self.history.sits_out(step) or self.history.begins_anew(step):
-                return -math.inf, -math.inf
+                return -math.inf, -math.inf, -math.inf
             limit = self.history.most_norm(step)
             norm = norm if limit is None else min(norm, limit)
-        return loss, norm
+        return loss, norm, self._most_growth()
 
     def calm_for(self, step: int) -> int:
         """How many steps from `step` on, if each is within the bounds of `lets_pass` now, are permitted and
@@ -206,10 +237,14 @@ class Watch:
         seen = self.judge.seen
         return None if seen is None else math.exp(float(seen.log_mean))
 
-    def would_permit(self, loss: float, norm: float) -> bool:
+    def keeps_statistics(self, growth: float) -> bool:
+        """Whether running statistics may grow so much now."""
+        return growth <= self._most_growth()
+
+    def would_permit(self, loss: float, norm: float, growth: float) -> bool:
         """Whether a step with these numbers would be permitted now; nothing is taken up."""
         numbers = map(self.judge.tensor_or_float, (loss, norm))
-        return float(self.judge.decide(*numbers).verdict) == FINE
+        return self.keeps_statistics(growth) and float(self.judge.decide(*numbers).verdict) == FINE
 
     def review(
         self, *, step: int, loss: float, verdict: int, permitted: bool, expected: bool

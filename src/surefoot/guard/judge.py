@@ -73,6 +73,11 @@ class Judge:
         self._losses, self._norms = [], []
         self._set_bounds()
 
+    @property
+    def begins(self) -> bool:
+        """Whether no step was taken up yet."""
+        return self.seen is None and not self._losses
+
     def calm_for(self) -> int:
         """How many steps that are `CALM` have the same bounds; on a host."""
         return 0 if self.seen is None else BLOCK - len(self._losses)

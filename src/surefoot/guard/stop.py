@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from surefoot.guard.detect import FINE, LOSS_SPIKE, NOT_FINITE
+from surefoot.guard.detect import FINE, LOSS_SPIKE, NOT_FINITE, STATISTICS_SPIKE
 
 
 class Stop(NamedTuple):
@@ -23,9 +23,12 @@ def refused_for_good(num: int, step: int, verdict: int) -> Stop:
             "Lower the learning rate, clip the gradient (clip_norm), or look for values in the data that "
             "are not finite.",
         )
-    what = "loss" if verdict == LOSS_SPIKE else "gradient"
+    what = {
+        LOSS_SPIKE: "the loss stays",
+        STATISTICS_SPIKE: "what goes into a normalization layer varies",
+    }.get(verdict, "the gradient stays")
     return Stop(
-        told + f"the {what} stays far above what was usual before.",
+        told + f"{what} far above what was usual before.",
         'Look at what came into the data there, and at the rate; or Guard("watch"), if it is meant '
         "to be so.",
     )

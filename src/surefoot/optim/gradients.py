@@ -34,11 +34,11 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     return norm
 
 
-def norms_of(tensors: Sequence[Tensor]) -> Tensor:
-    """2-norm of each: 1-d."""
+def norms_of(tensors: Sequence[Tensor], order: int = 2) -> Tensor:
+    """2-norm of each, or another: 1-d."""
     if torch.compiler.is_compiling():  # torch._foreach_norm would stay a call into Python
-        return torch.stack([torch.linalg.vector_norm(t) for t in tensors])
-    return torch.stack(list(torch._foreach_norm(list(tensors))))
+        return torch.stack([torch.linalg.vector_norm(t, order) for t in tensors])
+    return torch.stack(list(torch._foreach_norm(list(tensors), order)))
 
 
 @dataclass(frozen=True, slots=True)

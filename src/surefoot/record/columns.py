@@ -26,7 +26,11 @@ COLUMNS = (
     Column("batch_samples", "q", "samples in this batch; holes do not count"),
     Column("micro_batches", "q", "forward and backward passes in this update"),
     Column("permitted", "q", "1 if the update was applied, 0 if it was refused"),
-    Column("verdict", "q", "the guard's: 0 fine, 1 not finite, 2 gradient spike, 3 loss spike, 4 sat out"),
+    Column(
+        "verdict",
+        "q",
+        "0 fine, 1 not finite, 2 gradient spike, 3 loss spike, 4 sat out, 5 statistics",
+    ),
     Column("lr", "d", "learning rate of the first parameter group"),
     Column("loss", "d", "weighted mean over the batch, before the update"),
     Column("grad_norm", "d", "global 2-norm of the gradient, before clipping"),

@@ -16,9 +16,9 @@ from surefoot import calm
 from surefoot.api import run_steps
 from surefoot.build import build
 from surefoot.guard.detect import FINE, NOT_FINITE, SAT_OUT
-from surefoot.guard.guard import Watch
 from surefoot.guard.history import Intervention
 from surefoot.guard.review import Review
+from surefoot.guard.watch import Watch
 from surefoot.operations import Operations
 from surefoot.record.folder import RunFolder
 

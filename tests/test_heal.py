@@ -29,6 +29,7 @@ from surefoot.guard.detect import LOSS_SPIKE, NOT_FINITE
 from surefoot.guard.history import History, Intervention
 from surefoot.guard.judge import Judge
 from surefoot.guard.review import Alarm
+from surefoot.guard.watch import Watch
 from surefoot.heal import Healer
 from surefoot.operations import Operations
 from surefoot.record.folder import RunFolder
@@ -59,7 +60,7 @@ numbers = st.one_of(
 @example([(1.0, 1.0)] * 37 + [(1.0, 8.0)], "heal")
 def test_a_device_decides_as_a_host_does(rows, mode):
     """What runs on a GPU, run on the CPU."""
-    here, there = (sf.Guard(mode).build(torch.device("cpu")) for _ in range(2))
+    here, there = (Watch(sf.Guard(mode), torch.device("cpu")) for _ in range(2))
     there.judge = Judge(torch.device("cpu"), on_host=False)
     rng = np.random.default_rng(0)
     early = [(2 + 0.1 * rng.normal(), rng.lognormal()) for _ in range(rng.integers(0, 70))]
@@ -78,7 +79,7 @@ def test_a_device_decides_as_a_host_does(rows, mode):
 
 
 def verdicts(rows):
-    guard = sf.Guard().build(torch.device("cpu"))
+    guard = Watch(sf.Guard(), torch.device("cpu"))
     found = []
     for step, (loss, norm) in enumerate(rows):
         found.append(guard.permit(torch.tensor(loss), torch.tensor(norm), step=step, scaled=False))
@@ -137,10 +138,10 @@ def test_an_infinite_loss_is_refused_however_large_the_usual_ones_are(host):
 @given(st.lists(st.tuples(numbers, numbers.map(abs)), min_size=1, max_size=150), numbers, numbers.map(abs))
 def test_what_is_certain_to_pass_passes(rows, loss, norm):
     """The bounds that the compiled step is given."""
-    guard = sf.Guard().build(torch.device("cpu"))
+    guard = Watch(sf.Guard(), torch.device("cpu"))
     for step, (early_loss, early_norm) in enumerate(rows):
         guard.permit_on_host(early_loss, early_norm, step=step, scaled=False)
-    most_loss, most_norm = guard.lets_pass(len(rows))
+    most_loss, most_norm, _ = guard.lets_pass(len(rows))
     for a, b in ((loss, norm), (most_loss, most_norm), (most_loss, norm), (loss, most_norm)):
         if math.isfinite(a) and math.isfinite(b) and a <= most_loss and b <= most_norm:
             decision = guard.judge.decide(a, b)
@@ -155,7 +156,7 @@ def test_what_is_certain_to_pass_passes(rows, loss, norm):
 )
 def test_calm_steps_taken_up_together_are_as_if_one_by_one(rows, random):
     """Some are spikes; of the others some are taken up together, as many as are allowed for."""
-    one_by_one, together = (sf.Guard().build(torch.device("cpu")) for _ in range(2))
+    one_by_one, together = (Watch(sf.Guard(), torch.device("cpu")) for _ in range(2))
 
     def step_by_step(guard, step):
         loss, norm, spikes = rows[step]
@@ -872,7 +873,7 @@ def test_a_way_back_that_passes_an_alarm_answered_before(tmp_path, monkeypatch):
 @pytest.mark.parametrize("host", [True, False])
 def test_the_guards_state_survives_json(host):
     def made():
-        watch = sf.Guard().build(torch.device("cpu"))
+        watch = Watch(sf.Guard(), torch.device("cpu"))
         watch.judge = Judge(torch.device("cpu"), on_host=host)
         return watch
 

@@ -8,7 +8,8 @@ from conftest import blobs, mlp, recipe
 from torch import nn
 
 import surefoot as sf
-from surefoot.guard.detect import GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE
+from surefoot.guard.detect import GRADIENT_SPIKE, LOSS_SPIKE, NOT_FINITE, STATISTICS_SPIKE
+from surefoot.guard.watch import Watch
 from surefoot.optim.update import Updater
 
 BAD = [3, 4, 11]
@@ -156,10 +157,11 @@ def test_so_many_refused_updates_in_a_row_end_the_run(tmp_path):
         (NOT_FINITE, "not finite whatever the batch"),
         (GRADIENT_SPIKE, "the gradient stays far above"),
         (LOSS_SPIKE, "the loss stays far above"),
+        (STATISTICS_SPIKE, "what goes into a normalization layer varies far above"),
     ],
 )
 def test_what_was_refused_so_often_is_said(verdict, words):
-    guard = sf.Guard(max_refused_in_a_row=3).build(torch.device("cpu"))
+    guard = Watch(sf.Guard(max_refused_in_a_row=3), torch.device("cpu"))
     rows = [
         guard.review(step=s, loss=9.0, verdict=verdict, permitted=False, expected=True) for s in range(3)
     ]

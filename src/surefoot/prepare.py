@@ -28,6 +28,7 @@ from surefoot.errors import (
     SurefootError,
     nearest,
 )
+from surefoot.guard.watch import Watch
 from surefoot.heal import Healer, Row
 from surefoot.identity import describe, describe_model
 from surefoot.keep import Auto
@@ -270,7 +271,7 @@ def _assemble(
     params = [p for p in model.parameters() if p.requires_grad]
     small = sum(p.numel() for p in params) <= _MEASURED_EVERY_STEP
     precision = Precision(recipe.precision, device)
-    guard = recipe.guard.build(device)
+    guard = Watch(recipe.guard, device)
     micro = min(recipe.batch.micro or plan.batch_size, plan.batch_size)
     parts = Parts(
         model=model,

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from surefoot.checkpoint.snapshot import Snapshot
 from surefoot.checkpoint.tensors import flatten, unflatten
 from surefoot.errors import StateError
-from surefoot.guard.guard import Watch
+from surefoot.guard.watch import Watch
 from surefoot.measure.digest import digest
 from surefoot.optim.buffers import Buffers
 from surefoot.optim.patience import Patience

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
-from surefoot.optim.buffers import growth
 from surefoot.optim.functional import FunctionalUpdate, Slots
 from surefoot.optim.gradients import global_norm, norms_of
+from surefoot.optim.statistics import growth
 from surefoot.train_step import Parts, losses_and_weights, positive, share_of
 from surefoot.types import Tree
 

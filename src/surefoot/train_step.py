@@ -21,7 +21,7 @@ from torch.autograd import Variable
 
 from surefoot.errors import OperationsError, RecipeError
 from surefoot.guard.detect import Decision
-from surefoot.guard.guard import Watch
+from surefoot.guard.watch import Watch
 from surefoot.keys import word
 from surefoot.measure.profile import phase
 from surefoot.optim.buffers import Buffers
@@ -184,7 +184,7 @@ def probe(parts: Parts, batch: Minibatch, *, each: list[Tensor] | None = None) -
     loss, _, grads, _ = _gradients(parts, batch, each)
     norm, growth = global_norm(grads).item(), parts.buffers.growth()
     parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
-    return Probe(loss.item(), norm, 1.0 if growth is None else growth.item())
+    return Probe(loss.item(), norm, 1.0 if growth is None else float(growth))
 
 
 def gradient_norms(parts: Parts, batch: Minibatch) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from surefoot.guard.detect import (
     BLOCK,
     BURN_IN,
     EARLIEST,
+    MOST_GROWTH,
     Decision,
     Limits,
     Statistics,
@@ -74,9 +76,11 @@ class Judge:
         self._set_bounds()
 
     @property
-    def begins(self) -> bool:
-        """Whether no step was taken up yet."""
-        return self.seen is None and not self._losses
+    def most_growth(self) -> float:
+        """Of running statistics. In the first step, which may be with data quite unlike those that they are
+        of, any finite one will do.
+        """
+        return sys.float_info.max if self.seen is None and not self._losses else MOST_GROWTH
 
     def calm_for(self) -> int:
         """How many steps that are `CALM` have the same bounds; on a host."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from surefoot.optim.gradients import norms_of
+from surefoot.optim.statistics import growth, growth_on_host, settings_of
 
 
 class Buffers:
@@ -40,14 +40,12 @@ class Buffers:
         }
         self.changing = [name for name in self._owners if id(self._live(name)) in norms]
         names = {id(self._live(name)): name for name in self.changing}
-        tracking = [m for m in model.modules() if isinstance(m, _NormBase) and id(m.running_var) in names]
+        tracking = [m for m in model.modules() if isinstance(m, _BatchNorm) and id(m.running_var) in names]
         self.statistics = [
             (names[id(m.running_mean)], names[id(m.running_var)], names[id(m.num_batches_tracked)])
             for m in tracking
         ]
-        self._settings = [
-            (m.eps * m.num_features, 0.0 if m.momentum is None else 1.0 - m.momentum) for m in tracking
-        ]
+        self._settings = [settings_of(m) for m in tracking]
         self._held: Tensor | None = None
 
     def _live(self, name: str) -> Tensor:
@@ -73,19 +71,21 @@ class Buffers:
             else:
                 self._kept |= {n: b.detach().clone() for n, b in zip(self.changing, now, strict=True)}
 
-    def growth(self) -> Tensor | None:
-        """Of running statistics in this step so far: see `growth`. None if the model keeps none."""
+    def growth(self) -> Tensor | float | None:
+        """Of running statistics in this step so far: see `growth`. On a CPU a number; None without any."""
         if not self.statistics:
             return None
         kept = [[self._kept[name] for name in names] for names in zip(*self.statistics, strict=True)]
         live = [self.live(names) for names in zip(*self.statistics, strict=True)]
+        if live[0][0].is_cpu:
+            return growth_on_host(kept, live, self._settings)
         return growth(kept, live, self.settings())
 
     def settings(self) -> Tensor:
-        """What `growth` has to know of each layer of `statistics`."""
+        """What `growth` has to know of each layer of `statistics`, on their device."""
         if self._held is None:
             device = self._live(self.statistics[0][0]).device
-            self._held = torch.tensor(self._settings, dtype=torch.float32, device=device).T.contiguous()
+            self._held = torch.tensor(self._settings, dtype=torch.float32, device=device)
         return self._held
 
     def settle(self, permitted: Tensor, *, on_host: bool) -> None:
@@ -155,33 +155,6 @@ class Buffers:
             self._first[name] = (id(live), live._version)
             if not torch.equal(live, self._kept[name]):
                 self._kept[name] = live.detach().clone()
-
-
-def growth(then: Sequence[list[Tensor]], now: Sequence[list[Tensor]], settings: Tensor) -> Tensor:
-    """By what the running variance of a normalization layer, added up over its channels, has grown, or its
-    running mean square, if that has grown by more; of the layer for which that is most. 0-d; not finite if
-    one of them is not.
-
-    As long as they are still to a part what they were made with, it is less by that part; so in the first
-    batch of all there is none.
-
-    Args:
-        then, now: before and after a step, of each layer: running means (1-d), running variances (1-d), and
-            numbers of batches tracked (0-d).
-        settings: float32[2, layers]: eps, times channels; and what is kept of statistics with each batch.
-    """
-    least, keeps = settings
-    (variance, square), (new_variance, new_square) = (_moments(at, least) for at in (then, now))
-    known = 1.0 - keeps ** torch.stack(then[2])
-    most: Tensor = (known * torch.maximum(new_variance / variance, new_square / square)).max()
-    return most
-
-
-def _moments(statistics: Sequence[list[Tensor]], least: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance and mean square of each layer, added up over its channels: 1-d."""
-    means, variances = ([t.float() for t in those] for those in statistics[:2])  # half is soon infinite
-    variance, mean = norms_of(variances, 1) + least, norms_of(means)
-    return variance, variance + mean * mean
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -1,0 +1,71 @@
+"""Running statistics of batch norms, which only validation uses, and by what a step changes them.
+
+A batch is normalized by statistics of its own, so samples far out of range hardly show in its loss or in
+its gradient. But its statistics go into the running ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from surefoot.optim.gradients import norms_of
+
+
+def growth(then: Sequence[list[Tensor]], now: Sequence[list[Tensor]], settings: Tensor) -> Tensor:
+    """By what the running variance of a batch norm, added up over its channels, has grown, or its running
+    mean square, if that has grown by more; of the layer for which that is most. 0-d; not finite if one of
+    them is not.
+
+    As long as they are still to a part what they were made with, it is less by that part; so in the first
+    batch of all there is none.
+
+    Args:
+        then, now: before and after a step, of each layer: running means (1-d), running variances (1-d), and
+            numbers of batches tracked (0-d).
+        settings: float32[layers, 2], see `settings_of`.
+    """
+    least, keeps = settings.unbind(1)
+    (variance, square), (new_variance, new_square) = (_moments(at, least) for at in (then, now))
+    known = 1.0 - keeps ** torch.stack(then[2])
+    most: Tensor = (known * torch.maximum(new_square / square, new_variance / variance)).max()
+    return most
+
+
+def _moments(statistics: Sequence[list[Tensor]], least: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and mean square of each layer, added up over its channels: 1-d."""
+    means, variances = ([t.float() for t in those] for those in statistics[:2])  # half is soon infinite
+    variance, mean = norms_of(variances, 1) + least, norms_of(means)
+    return variance, variance + mean * mean
+
+
+def growth_on_host(
+    then: Sequence[list[Tensor]], now: Sequence[list[Tensor]], settings: Sequence[tuple[float, float]]
+) -> float:
+    """`growth` by Python's numbers: on a CPU a sixth of the time, if layers are few."""
+    found = []
+    for mean, variance, num_batches, new_mean, new_variance, (least, keeps) in zip(
+        *then, *now[:2], settings, strict=True
+    ):
+        before, after = variance.float().sum().item() + least, new_variance.float().sum().item() + least
+        square, new_square = before + _squared(mean), after + _squared(new_mean)
+        known = 1.0 - keeps ** num_batches.item()
+        found.append(known * max(new_square / square, after / before))  # the first is NaN if the other is
+    return max(found) if all(map(math.isfinite, found)) else math.nan
+
+
+def _squared(vector: Tensor) -> float:
+    single = vector.float()
+    return torch.dot(single, single).item()
+
+
+def settings_of(norm: _BatchNorm) -> tuple[float, float]:
+    """What is added to its variance, so that none is nothing: its eps, times the channels; and what is kept
+    of its statistics with each batch.
+    """
+    keeps = 0.0 if norm.momentum is None else 1.0 - norm.momentum
+    return max(norm.eps * norm.num_features, 1e-30), keeps

@@ -107,6 +107,7 @@ def test_eager_and_compiled_steps_refuse_the_same(tmp_path):
     assert eager.summary()["quarantined"] == compiled.summary()["quarantined"]
     for one, other in zip(runs[0].model.buffers(), runs[1].model.buffers(), strict=True):
         torch.testing.assert_close(one, other, rtol=0.1, atol=0.05)  # rounding, grown in 400 steps
+    assert compiled.identity["environment"]["compiled"] == "step"
     assert not events(compiled.path, "uncompiled")
 
 
@@ -165,6 +166,7 @@ def test_statistics_that_would_be_infinite_are_refused_in_any_step(tmp_path, at,
     done = sf.fit(changed, out=tmp_path / "run", operations=operations)
     assert torch.isfinite(done.model.norm.running_var).all()
     view = sf.open_run(done.run_dir)
+    assert view.identity["environment"]["compiled"] == ("step" if operations is COMPILED else "")
     assert view.summary()["quarantined"] == [at * 32 + 7]
     assert view.log()["verdict"][at] == STATISTICS_SPIKE
     assert np.isfinite(view.log()["loss"]).all()

@@ -43,6 +43,7 @@ class Traced:
         index = {name: i for i, name in enumerate(buffers)}
         pairs = parts.buffers.statistics if parts.guard.on else []
         self._statistics = [[index[name] for name in names] for names in zip(*pairs, strict=True)]
+        self._settings = parts.buffers.settings()
         self._called = _Called(parts)
 
     def whole(
@@ -120,7 +121,7 @@ class Traced:
         within = (loss <= bounds[0]) & (norm <= bounds[1]) & (size <= bounds[2])
         if self._statistics:
             kept, left = ([[at[i] for i in those] for those in self._statistics] for at in (buffers, after))
-            within &= growth(kept, left, self._parts.buffers.settings()) <= bounds[3]
+            within &= growth(kept, left, self._settings) <= bounds[3]
         applied = within & torch.isfinite(loss) & torch.isfinite(moved)
         for now, then in zip(changing, old, strict=True):
             now.copy_(torch.where(applied, now, then))

@@ -48,14 +48,14 @@ def compiled_step(t: Trial) -> tuple[Graph | None, str]:
     parts, before = t.parts, t.state.snapshot().copy()
     unchanged = Unchanged(parts.model, [parts.objective, *parts.transforms])
     try:
-        first = _finite(t, range(_MOST_TRIED))[0]
+        first = _sound(t, range(_MOST_TRIED))[0]
         if not any(train_step(parts, first, 0.0).permitted for _ in range(_MOST_HALVED)):
             return None, "no update of the first batches is applied"  # so the optimizer has no state
         if not unchanged():
             return None, "the model, the objective or a transform changes its attributes in a step"
         if _draws_elsewhere(parts, t.batch(0)):
             return None, ELSEWHERE
-        batch, expected = _finite(t, range(1, _MOST_TRIED + 1))
+        batch, expected = _sound(t, range(1, _MOST_TRIED + 1))
         graph = Graph(parts, batch, cpp_wrapper=t.total >= CPP_WRAPPER_UPDATES)
         try:
             attempts = [graph(batch, 0.0), graph(batch, 0.0), graph(batch, 0.0, check=True)]
@@ -73,14 +73,16 @@ def compiled_step(t: Trial) -> tuple[Graph | None, str]:
     return graph, ""
 
 
-def _finite(t: Trial, steps: range) -> tuple[Minibatch, tuple[float, float]]:
-    """The first of these batches whose loss and gradient norm are finite, and these; else the last."""
+def _sound(t: Trial, steps: range) -> tuple[Minibatch, tuple[float, float]]:
+    """The first of these batches whose loss and gradient norm are finite, and which is not refused for what
+    it makes of running statistics; and these numbers. Else the last.
+    """
     for step in steps:
         batch = t.batch(step)
-        found = probe(t.parts, batch)[:2]
-        if all(map(math.isfinite, found)):
+        *found, growth = probe(t.parts, batch)
+        if all(map(math.isfinite, found)) and t.parts.guard.keeps_statistics(growth):
             break
-    return batch, found
+    return batch, (found[0], found[1])
 
 
 def _draws_elsewhere(parts: Parts, batch: Minibatch) -> bool:

@@ -84,7 +84,7 @@ class Buffers:
     def settings(self) -> Tensor:
         """What `growth` has to know of each layer of `statistics`, on their device."""
         if self._held is None:
-            device = self._live(self.statistics[0][0]).device
+            device = self._live(self.statistics[0][0]).device if self.statistics else None
             self._held = torch.tensor(self._settings, dtype=torch.float32, device=device)
         return self._held
 

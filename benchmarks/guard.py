@@ -5,8 +5,9 @@
 Ratios of microseconds per update; one thread. In each process two runs go on in turns; the result is the
 median over processes of the medians of ratios of neighbouring turns:
 
-* ``mlp``, ``gpt``: ``Guard()`` beside ``Guard("off")``, eager;
-* ``mlp-compiled``: the same, compiled;
+* ``mlp``, ``gpt``: ``Guard()`` beside ``Guard("off")``, eager; ``normed``: an MLP with batch norm, whose
+  running statistics are looked at, too;
+* ``mlp-compiled``, ``normed-compiled``: the same, compiled;
 * ``mlp-adds``: a compiled run with guard, log and ledger beside the same compiled updates, fed and at the
   same rates, with none of these;
 * ``mlp-same``, ``mlp-compiled-same``: ``Guard("off")`` beside itself: what of such ratios is noise.
@@ -38,7 +39,7 @@ from surefoot.guard.detect import BLOCK
 from surefoot.prepare import Prepared, prepare
 from surefoot.record.folder import RunFolder
 
-STEPS = {"mlp": 400, "mlp compiled": 4000, "gpt": 10}
+STEPS = {"mlp": 400, "mlp compiled": 4000, "gpt": 10, "normed": 400, "normed compiled": 4000}
 """Of a turn: two of the guard's cycles of 200, or what takes seconds. Compiled ones take half a second:
 after each change of turns a run begins with cold caches.
 """
@@ -46,12 +47,14 @@ PAIRS = {
     "mlp": ("heal", "off"),
     "gpt": ("heal", "off"),
     "mlp-compiled": ("heal", "off"),
+    "normed": ("heal", "off"),
+    "normed-compiled": ("heal", "off"),
     "mlp-adds": ("heal", "silent"),
     "mlp-same": ("off", "off again"),
     "mlp-compiled-same": ("off", "off again"),
 }
 LONG = 1_000_000
-_ALL = (math.inf, math.inf)
+_ALL = (math.inf, math.inf, math.inf)
 
 
 def main() -> None:

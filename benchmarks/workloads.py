@@ -38,6 +38,15 @@ class MLP(nn.Sequential):
         return x, torch.randint(0, 10, (20_000,), generator=generator)
 
 
+class NormedMLP(nn.Sequential):
+    """With running statistics."""
+
+    samples = MLP.samples
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 10))
+
+
 class CNN(nn.Sequential):
     """About 100,000 parameters on 28 x 28 images."""
 
@@ -107,6 +116,7 @@ WORKLOADS = {
     w.name: w
     for w in (
         Workload("mlp", MLP, "sgd", 0.05, 64, 200, 3_000),
+        Workload("normed", NormedMLP, "sgd", 0.05, 64, 200, 3_000),
         Workload("cnn", CNN, "sgd", 0.05, 64, 20, 200),
         Workload("gpt", GPT, "adamw", 1e-3, 16, 4, 25),
     )

@@ -187,10 +187,7 @@ def grown(buffers, model, batch, *, permitted=True):
     dtype = next(b.dtype for b in model.buffers() if b.is_floating_point())
     model(batch.to(dtype))
     found = buffers.growth()
-    kept, live = (
-        [[at(name) for name in names] for names in zip(*buffers.statistics, strict=True)]
-        for at in (buffers._kept.__getitem__, buffers._live)
-    )
+    kept, live = (list(map(at, buffers.statistics)) for at in (buffers._kept.__getitem__, buffers._live))
     on_device = growth(kept, live, buffers.settings()).item()
     buffers.settle(torch.tensor(permitted), on_host=True)
     assert found == pytest.approx(on_device, rel=1e-4, abs=1e-6, nan_ok=True)
@@ -230,12 +227,12 @@ def test_a_batch_that_is_shifted_as_a_whole():
 
 def test_of_several_layers_the_one_that_grows_most():
     torch.manual_seed(0)
-    model = nn.ModuleList(
-        [nn.BatchNorm1d(8), nn.BatchNorm1d(8), nn.BatchNorm1d(8, track_running_stats=False)]
-    )
+    forgets, counts_none = nn.BatchNorm1d(8, track_running_stats=False), nn.BatchNorm1d(8)
+    counts_none.num_batches_tracked = None
+    model = nn.ModuleList([nn.BatchNorm1d(8), nn.BatchNorm1d(8), forgets, counts_none])
     buffers = Buffers(model)
-    assert len(buffers.statistics) == 2
-    for wild in (-1, 0, 1, 2):
+    assert len(buffers.statistics) == 2 * 3
+    for wild in (-1, 0, 1, 2, 3):
         buffers.remember()
         for i, layer in enumerate(model):
             for _ in range(50):

@@ -41,8 +41,7 @@ class Traced:
         self._parts, self._names, self._others = parts, list(trained), others
         self._update, self._buffers, self._num_rows = update, buffers, num_rows
         index = {name: i for i, name in enumerate(buffers)}
-        pairs = parts.buffers.statistics if parts.guard.on else []
-        self._statistics = [[index[name] for name in names] for names in zip(*pairs, strict=True)]
+        self._statistics = [index[name] for name in parts.buffers.statistics] if parts.guard.on else []
         self._settings = parts.buffers.settings()
         self._called = _Called(parts)
 
@@ -120,7 +119,7 @@ class Traced:
         size = global_norm([*old[: len(params)], *self._others])
         within = (loss <= bounds[0]) & (norm <= bounds[1]) & (size <= bounds[2])
         if self._statistics:
-            kept, left = ([[at[i] for i in those] for those in self._statistics] for at in (buffers, after))
+            kept, left = ([at[i] for i in self._statistics] for at in (buffers, after))
             within &= growth(kept, left, self._settings) <= bounds[3]
         applied = within & torch.isfinite(loss) & torch.isfinite(moved)
         for now, then in zip(changing, old, strict=True):

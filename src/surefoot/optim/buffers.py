@@ -40,11 +40,13 @@ class Buffers:
         }
         self.changing = [name for name in self._owners if id(self._live(name)) in norms]
         names = {id(self._live(name)): name for name in self.changing}
-        tracking = [m for m in model.modules() if isinstance(m, _BatchNorm) and id(m.running_var) in names]
-        self.statistics = [
-            (names[id(m.running_mean)], names[id(m.running_var)], names[id(m.num_batches_tracked)])
-            for m in tracking
-        ]
+        kept = {
+            m: [names.get(id(b)) for b in (m.running_mean, m.running_var, m.num_batches_tracked)]
+            for m in model.modules()
+            if isinstance(m, _BatchNorm)
+        }
+        tracking = [m for m, those in kept.items() if None not in those]
+        self.statistics = [name for m in tracking for name in kept[m] if name is not None]
         self._settings = [settings_of(m) for m in tracking]
         self._held: Tensor | None = None
 
@@ -75,16 +77,15 @@ class Buffers:
         """Of running statistics in this step so far: see `growth`. On a CPU a number; None without any."""
         if not self.statistics:
             return None
-        kept = [[self._kept[name] for name in names] for names in zip(*self.statistics, strict=True)]
-        live = [self.live(names) for names in zip(*self.statistics, strict=True)]
-        if live[0][0].is_cpu:
+        kept, live = [self._kept[name] for name in self.statistics], self.live(self.statistics)
+        if live[0].is_cpu:
             return growth_on_host(kept, live, self._settings)
         return growth(kept, live, self.settings())
 
     def settings(self) -> Tensor:
         """What `growth` has to know of each layer of `statistics`, on their device."""
         if self._held is None:
-            device = self._live(self.statistics[0][0]).device if self.statistics else None
+            device = self._live(self.statistics[0]).device if self.statistics else None
             self._held = torch.tensor(self._settings, dtype=torch.float32, device=device)
         return self._held
 

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from surefoot.optim.gradients import norms_of
 
 
-def growth(then: Sequence[list[Tensor]], now: Sequence[list[Tensor]], settings: Tensor) -> Tensor:
+def growth(then: Sequence[Tensor], now: Sequence[Tensor], settings: Tensor) -> Tensor:
     """By what the running variance of a batch norm, added up over its channels, has grown, or its running
     mean square, if that has grown by more; of the layer for which that is most. 0-d; not finite if one of
     them is not.
@@ -25,42 +25,41 @@ def growth(then: Sequence[list[Tensor]], now: Sequence[list[Tensor]], settings: 
     batch of all there is none.
 
     Args:
-        then, now: before and after a step, of each layer: running means (1-d), running variances (1-d), and
-            numbers of batches tracked (0-d).
+        then, now: before and after a step, of each layer: running mean (1-d), running variance (1-d), and
+            number of batches tracked (0-d).
         settings: float32[layers, 2], see `settings_of`.
     """
     least, keeps = settings.unbind(1)
     (variance, square), (new_variance, new_square) = (_moments(at, least) for at in (then, now))
-    known = 1.0 - keeps ** torch.stack(then[2])
+    known = 1.0 - keeps ** torch.stack(list(then[2::3]))
     most: Tensor = (known * torch.maximum(new_square / square, new_variance / variance)).max()
     return most
 
 
-def _moments(statistics: Sequence[list[Tensor]], least: Tensor) -> tuple[Tensor, Tensor]:
+def _moments(statistics: Sequence[Tensor], least: Tensor) -> tuple[Tensor, Tensor]:
     """Variance and mean square of each layer, added up over its channels: 1-d."""
-    means, variances = ([t.float() for t in those] for those in statistics[:2])  # half is soon infinite
-    variance, mean = norms_of(variances, 1) + least, norms_of(means)
+    single = [t.float() for t in statistics]  # in half sums are soon infinite
+    mean, variance = norms_of(single[0::3]), norms_of(single[1::3], 1) + least
     return variance, variance + mean * mean
 
 
 def growth_on_host(
-    then: Sequence[list[Tensor]], now: Sequence[list[Tensor]], settings: Sequence[tuple[float, float]]
+    then: Sequence[Tensor], now: Sequence[Tensor], settings: Sequence[tuple[float, float]]
 ) -> float:
-    """`growth` by Python's numbers: on a CPU a sixth of the time, if layers are few."""
-    found = []
-    for mean, variance, num_batches, new_mean, new_variance, (least, keeps) in zip(
-        *then, *now[:2], settings, strict=True
-    ):
-        before, after = variance.float().sum().item() + least, new_variance.float().sum().item() + least
-        square, new_square = before + _squared(mean), after + _squared(new_mean)
-        known = 1.0 - keeps ** num_batches.item()
-        found.append(known * max(new_square / square, after / before))  # the first is NaN if the other is
+    """`growth` by Python's numbers: on a CPU in less than half the time, if layers are few."""
+    found, at = [], 0
+    for least, keeps in settings:
+        variance, square = _moments_on_host(then[at], then[at + 1], least)
+        new_variance, new_square = _moments_on_host(now[at], now[at + 1], least)
+        known = 1.0 - keeps ** then[at + 2].item()
+        found.append(known * max(new_square / square, new_variance / variance))  # NaN if the latter is
+        at += 3
     return max(found) if all(map(math.isfinite, found)) else math.nan
 
 
-def _squared(vector: Tensor) -> float:
-    single = vector.float()
-    return torch.dot(single, single).item()
+def _moments_on_host(mean: Tensor, variance: Tensor, least: float) -> tuple[float, float]:
+    mean, added = mean.float(), variance.float().sum().item() + least
+    return added, added + torch.dot(mean, mean).item()
 
 
 def settings_of(norm: _BatchNorm) -> tuple[float, float]:

@@ -157,7 +157,7 @@ def test_so_many_refused_updates_in_a_row_end_the_run(tmp_path):
         (NOT_FINITE, "not finite whatever the batch"),
         (GRADIENT_SPIKE, "the gradient stays far above"),
         (LOSS_SPIKE, "the loss stays far above"),
-        (STATISTICS_SPIKE, "what goes into a normalization layer varies far above"),
+        (STATISTICS_SPIKE, "what goes into a normalisation layer varies far above"),
     ],
 )
 def test_what_was_refused_so_often_is_said(verdict, words):

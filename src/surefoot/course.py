@@ -339,7 +339,7 @@ def _why_refused(course: Course, loss: float, grad_norm: float, verdict: int) ->
         return "loss spike: far above what is usual"
     if verdict == STATISTICS_SPIKE:
         return (
-            "statistics spike: a normalization layer's running variance would have become more than "
+            "statistics spike: a normalisation layer's running variance would have become more than "
             f"{MOST_GROWTH:g} times as large"
         )
     if not math.isfinite(loss):

@@ -26,7 +26,7 @@ FINE, NOT_FINITE, GRADIENT_SPIKE, LOSS_SPIKE, SAT_OUT, STATISTICS_SPIKE = range(
 """
 MOST_GROWTH = 4.0
 """By what running statistics may grow in a step (`surefoot.optim.statistics.growth`). Each batch is
-normalized by its own, so what ruins them need not show in the loss or in the gradient.
+normalised by its own, so what ruins them need not show in the loss or in the gradient.
 """
 
 _EACH = (1 - 0.98**BLOCK) / BLOCK  # what a step counts for in the running statistics

@@ -25,7 +25,7 @@ def refused_for_good(num: int, step: int, verdict: int) -> Stop:
         )
     what = {
         LOSS_SPIKE: "the loss stays",
-        STATISTICS_SPIKE: "what goes into a normalization layer varies",
+        STATISTICS_SPIKE: "what goes into a normalisation layer varies",
     }.get(verdict, "the gradient stays")
     return Stop(
         told + f"{what} far above what was usual before.",

@@ -1,6 +1,6 @@
 """Running statistics of batch norms, which only validation uses, and by what a step changes them.
 
-A batch is normalized by statistics of its own, so samples far out of range hardly show in its loss or in
+A batch is normalised by statistics of its own, so samples far out of range hardly show in its loss or in
 its gradient. But its statistics go into the running ones.
 """
 

@@ -43,7 +43,7 @@ def convolving():
 
 
 MODELS = {"mlp": batch_normed, "inputs": normed_inputs, "cnn": convolving}
-SGD, ADAM = sf.SGD(lr=0.05, momentum=0.9), sf.AdamW(lr=1e-3)
+SGD, ADAM = sf.SGD(lr=0.05, momentum=0.9), sf.AdamW(lr=1e-2)
 HERE = {("mlp", "adam", 1e2, 0), ("inputs", "sgd", 1e4, 1), ("cnn", "adam", 1e2, 2), ("cnn", "sgd", 1e4, 7)}
 
 
@@ -64,7 +64,7 @@ def test_bad_samples_are_named_and_no_others(tmp_path, model, optimizer, scale, 
     def trained(x, name):
         changed = base(seed, sf.Guard(), model=MODELS[model])
         fields = {name: getattr(changed, name) for name in changed.__dataclass_fields__}
-        fields |= {"data": sf.Arrays(x, y), "until": "6ep"}
+        fields |= {"data": sf.Arrays(x, y), "until": "10ep", "schedule": sf.cosine()}
         return sf.fit(
             sf.Recipe(**(fields | {"optimizer": SGD if optimizer == "sgd" else ADAM})), out=tmp_path / name
         )

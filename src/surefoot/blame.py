@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from surefoot.data.holes import leave_out
+from surefoot.optim.statistics import worst
 from surefoot.train_step import Parts, Probe, losses_of, probe
 from surefoot.types import HOLE, Minibatch, leaves
 
@@ -22,37 +23,53 @@ _ENOUGH = 16
 
 
 class Blame(NamedTuple):
-    """ids: of the samples. broken_data: their data hold what is not finite, so it is not the weights."""
+    """ids: of the samples. broken_data: their data hold what is not finite, so it is not the weights.
+    growth: of the running statistics of `layer`, if it is for them that the step was refused. by_nature:
+    that layer sees nothing but such samples.
+    """
 
     ids: tuple[int, ...]
-    broken_data: bool
+    broken_data: bool = False
+    growth: float = 1.0
+    layer: str = ""
+    by_nature: bool = False
 
 
 def to_blame(parts: Parts, batch: Minibatch) -> Blame:
     """Samples without which the step that was refused would have been permitted; none if it is not for a
     few samples.
     """
-    ids = _suspects(parts, batch)
+    blamed = _blamed(parts, batch)
+    ids = blamed.ids
     if not ids:
-        return Blame(ids, broken_data=False)
+        return blamed
     rows = torch.from_numpy(np.flatnonzero(np.isin(batch.slots.ids, ids)))
     broken = torch.zeros(len(rows), dtype=torch.bool)
     for leaf in leaves(batch.data):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             finite = torch.isfinite(leaf[rows.to(leaf.device)]).reshape(len(rows), -1).all(1)
             broken |= ~finite.cpu()
-    return Blame(ids, bool(broken.all()))
+    return blamed._replace(broken_data=bool(broken.all()))
 
 
-def _suspects(parts: Parts, batch: Minibatch) -> tuple[int, ...]:
+def _blamed(parts: Parts, batch: Minibatch) -> Blame:
     losses = losses_of(parts, batch)
     broken, found = _ids(batch, ~torch.isfinite(losses)), probe(parts, batch)
     everyone = _ids(batch, torch.ones_like(losses, dtype=torch.bool))
     if broken or not math.isfinite(found.grad_norm):
-        return _breaking(parts, batch, broken or everyone, lambda p: all(map(math.isfinite, p[:2])))
-    if not parts.guard.keeps_statistics(found.growth):
-        return _breaking(parts, batch, everyone, lambda p: parts.guard.keeps_statistics(p.growth))
-    return _outweighing(parts, batch, losses)
+        return Blame(_breaking(parts, batch, broken or everyone, lambda p: all(map(math.isfinite, p[:2]))))
+    most = parts.guard.most_growth(batch.slots.step)
+    if found.growth <= most:
+        return Blame(_outweighing(parts, batch, losses))
+    ids = _breaking(parts, batch, everyone, lambda p: p.growth <= most)
+    place = worst(found.growths)
+    left = probe(parts, leave_out(batch, np.isin(batch.slots.ids, ids))).growths[place]
+    return Blame(
+        () if ids and not left.sees else ids,
+        growth=found.growth,
+        layer=parts.buffers.layer(place),
+        by_nature=bool(ids) and not left.sees,
+    )
 
 
 def _breaking(
@@ -96,7 +113,12 @@ def _outweighing(parts: Parts, batch: Minibatch, losses: Tensor) -> tuple[int, .
 def _without(parts: Parts, batch: Minibatch, ids: tuple[int, ...]) -> bool:
     """Whether a step without these samples would be permitted."""
     left = leave_out(batch, np.isin(batch.slots.ids, ids))
-    return left.slots.num_samples > 0 and parts.guard.would_permit(*probe(parts, left))
+    return left.slots.num_samples > 0 and _permitted(parts, batch, probe(parts, left))
+
+
+def _permitted(parts: Parts, batch: Minibatch, found: Probe) -> bool:
+    step = batch.slots.step
+    return parts.guard.would_permit(found.loss, found.grad_norm, found.growth, step=step)
 
 
 def outliers(batch: Minibatch, losses: Tensor) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from surefoot.compiled import ChangedError
 from surefoot.graph import CHECK_EVERY, form
 from surefoot.guard.arithmetic import Tensors
-from surefoot.guard.detect import Decision, Limits, judge
+from surefoot.guard.detect import MOST_GROWTH, Decision, Limits, judge
 from surefoot.keys import word
 from surefoot.measure.readings import pack
 from surefoot.train_step import Attempt, Inside, Parts, seed_generators, train_step
@@ -158,7 +158,7 @@ class Captured:
         graph, pool = torch.cuda.CUDAGraph(), self._pool or torch.cuda.graph_pool_handle()
         for state in draws:
             graph.register_generator_state(state)
-        inside = Inside(self._decide, lambda micro: self._set_generator(draws[micro]))
+        inside = Inside(self._decide, MOST_GROWTH, lambda micro: self._set_generator(draws[micro]))
         with torch.cuda.device(parts.device):
             stream = torch.cuda.current_stream()
             try:

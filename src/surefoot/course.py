@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surefoot.blame import usual_loss
+from surefoot.blame import Blame, usual_loss
 from surefoot.captured import Captured, UncapturedError
 from surefoot.compiled import ChangedError
 from surefoot.data.feed import Feed
@@ -283,11 +283,18 @@ def _refused(
     """
     guard = course.parts.guard
     why = _why_refused(course, loss, grad_norm, verdict)
+    blames = course.blames and guard.heals and verdict != FINE
+    blamed = Blame(())
+    if blames and not (verdict == NOT_FINITE and "fp16" in why):
+        blamed = course.healer.blame(slots.step)
+    grown = {}
+    if verdict == STATISTICS_SPIKE:
+        why = _what_would_grow(blamed)
+        grown = {"growth": blamed.growth} if blamed.layer else {}
     kind = "would_skip" if permitted else "skipped"
-    course.told.event(kind, step=slots.step, reason=why, loss=loss, grad_norm=grad_norm)
-    if not course.blames or not guard.heals or verdict == FINE or (verdict == NOT_FINITE and "fp16" in why):
-        return None
-    blamed = course.healer.blame(slots.step)
+    course.told.event(kind, step=slots.step, reason=why, loss=loss, grad_norm=grad_norm, **grown)
+    if blames and verdict == STATISTICS_SPIKE and not blamed.ids:
+        _let_grow(course, slots, at_once=blamed.by_nature)
     if not blamed.ids:
         return None
     done = course.healer.quarantine(slots, blamed, lag=course.readings.lag)
@@ -296,7 +303,27 @@ def _refused(
     if done:
         number, ids = guard.history.num_decided, list(blamed.ids)
         course.told.event("quarantined", step=slots.step, ids=ids, reason=why, interventions=number)
-    return "explained" if done and blamed.broken_data else None
+    return "explained" if done and (blamed.broken_data or verdict == STATISTICS_SPIKE) else None
+
+
+def _let_grow(course: Course, slots: Slots, *, at_once: bool) -> None:
+    """Tells from where on running statistics are taken as they come, if it comes to that."""
+    lag = course.readings.lag
+    until = course.healer.let_grow(slots.step, at_once=at_once, lag=lag)
+    if until is None:
+        return
+    why = (
+        "without the samples that make them grow the layer's input does not vary: it is there for them"
+        if at_once
+        else "no few samples are to blame: the data, or the model, changed"
+    )
+    course.told.event(
+        "borne",
+        step=slots.step + 1 + lag,
+        detector="statistics spike",
+        reason=f"{why}. Until step {until} running statistics are taken as they come",
+        interventions=course.parts.guard.history.num_decided,
+    )
 
 
 def _canary(course: Course, taken: Row, num_micro: int) -> Alarm | None:
@@ -332,16 +359,21 @@ def _warn(course: Course, alarm: Alarm) -> None:
         course.told.event("alarm", step=alarm.step, detector=alarm.detector, reason=alarm.reason)
 
 
+def _what_would_grow(blamed: Blame) -> str:
+    whose = f"of batch norm {blamed.layer!r}" if blamed.layer else "of a batch norm"
+    if not math.isfinite(blamed.growth):
+        return f"statistics spike: the running statistics {whose} would no longer have been finite"
+    return (
+        f"statistics spike: the running variance {whose} would have become more than {MOST_GROWTH:g} times "
+        "as large"
+    )
+
+
 def _why_refused(course: Course, loss: float, grad_norm: float, verdict: int) -> str:
     if verdict == GRADIENT_SPIKE:
         return "gradient spike: far longer than usual"
     if verdict == LOSS_SPIKE:
         return "loss spike: far above what is usual"
-    if verdict == STATISTICS_SPIKE:
-        return (
-            "statistics spike: a normalisation layer's running variance would have become more than "
-            f"{MOST_GROWTH:g} times as large"
-        )
     if not math.isfinite(loss):
         return "loss is not finite"
     if math.isfinite(grad_norm):

@@ -51,6 +51,7 @@ _COMPARED = 200  # steps that remedies are compared over if the run begins anew
 _AGAIN = 300  # an alarm so soon after a rollback goes back further
 _WINDOW = 10_000  # steps that the budget of rollbacks is for
 _BEAR = 100  # steps that an alarm is put off for at first
+_MANY_UNEXPLAINED, _OF_STEPS = 7, 20  # refused for running statistics; one less than is an alarm
 _CANARY = 10  # batches that tell whether the weights are sound
 _SIT_OUT = (100, 400)  # updates
 _CUTS = 6  # powers of the factor by which the rate is cut
@@ -403,6 +404,20 @@ class Healer:
         batch = self.feed.at(step)
         out = (history or self.parts.guard.history).holes(step if at is None else at, batch.slots.ids)
         return batch if out is None else leave_out(batch, out)
+
+    def let_grow(self, step: int, *, at_once: bool, lag: int) -> int | None:
+        """Takes running statistics as they come for a while, longer each time: at once, or if many of the
+        last steps were refused for them without samples to blame. Until which step, if so.
+        """
+        guard = self.parts.guard
+        guard.unexplained = [s for s in guard.unexplained if s > step - _OF_STEPS] + [step]
+        if len(guard.unexplained) < _MANY_UNEXPLAINED and not at_once:
+            return None
+        guard.unexplained = []
+        begins = step + 1 + lag
+        until: int = begins + _BEAR * 2 ** min(guard.history.count("grow"), 8)
+        guard.history = guard.history.with_(Intervention("grow", begins, step, float(until)))
+        return until
 
     def quarantine(self, slots: Slots, blamed: Blame, *, lag: int) -> Stop | bool:
         """Leaves samples out from the next step on that does not have its batch yet; whether it does. If

@@ -27,6 +27,7 @@ from surefoot.measure.profile import phase
 from surefoot.optim.buffers import Buffers
 from surefoot.optim.gradients import global_norm, norms_of
 from surefoot.optim.precision import Precision
+from surefoot.optim.statistics import Grown, worst
 from surefoot.optim.update import Updater
 from surefoot.protocols import GradientTransform, Objective, Strategy
 from surefoot.types import Minibatch, Tree, take_rows
@@ -85,11 +86,13 @@ class Attempt(NamedTuple):
 
 
 class Inside(NamedTuple):
-    """What a step asks that is being captured, to be launched as another: `Watch.permit_by`'s decision, and
-    the random numbers of a logical micro-batch.
+    """What a step asks that is being captured, to be launched as another: `Watch.permit_by`'s decision, the
+    growth of running statistics that is permitted in each such step, and the random numbers of a logical
+    micro-batch.
     """
 
     decide: Callable[[Tensor, Tensor], Decision]
+    most_growth: float
     begin_micro: Callable[[int], None]
 
 
@@ -113,11 +116,14 @@ def train_step(
     grad_norm = norm = torch.linalg.vector_norm(norms)
     step = batch.slots.step
     with phase("permit and clip"):
-        growth = parts.buffers.growth() if parts.guard.on else None
+        on_host = parts.device.type == "cpu"
+        growth = parts.buffers.growth(on_host=on_host) if parts.guard.on else None
         if inside is None:
             permit = parts.guard.permit(loss, grad_norm, growth, step=step, scaled=scale is not None)
         else:
-            permit = parts.guard.permit_by(inside.decide, loss, grad_norm, growth, scaled=scale is not None)
+            permit = parts.guard.permit_by(
+                inside.decide, loss, grad_norm, growth, most=inside.most_growth, scaled=scale is not None
+            )
         permitted, verdict, clip = permit
         if isinstance(clip, Tensor) or clip < 1.0:
             torch._foreach_mul_(grads, clip)
@@ -135,7 +141,7 @@ def train_step(
             grad_norm=norm,
             heals=parts.guard.heals,
         )
-    parts.buffers.settle(applied, on_host=parts.device.type == "cpu")
+    parts.buffers.settle(applied, on_host=on_host)
     loss_scale = None
     if scale is not None:
         loss_scale = scale.scale.clone()
@@ -171,20 +177,25 @@ def _gradients(
 
 
 class Probe(NamedTuple):
-    """What the guard would decide a step by. growth: of running statistics, 1 without any."""
+    """What the guard would decide a step by. growths: of each batch norm's running statistics."""
 
     loss: float
     grad_norm: float
-    growth: float
+    growths: list[Grown]
+
+    @property
+    def growth(self) -> float:
+        """Of the one that grows most; 1 without any."""
+        return self.growths[worst(self.growths)].growth if self.growths else 1.0
 
 
 def probe(parts: Parts, batch: Minibatch, *, each: list[Tensor] | None = None) -> Probe:
     """What a step with this batch would have; nothing is changed. The samples' losses go into `each`."""
     parts.buffers.remember()
     loss, _, grads, _ = _gradients(parts, batch, each)
-    norm, growth = global_norm(grads).item(), parts.buffers.growth()
+    norm, growths = global_norm(grads).item(), parts.buffers.growths()
     parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
-    return Probe(loss.item(), norm, 1.0 if growth is None else float(growth))
+    return Probe(loss.item(), norm, growths)
 
 
 def gradient_norms(parts: Parts, batch: Minibatch) -> list[float]:

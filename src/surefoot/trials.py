@@ -79,10 +79,10 @@ def _sound(t: Trial, steps: range) -> tuple[Minibatch, tuple[float, float]]:
     """
     for step in steps:
         batch = t.batch(step)
-        *found, growth = probe(t.parts, batch)
-        if all(map(math.isfinite, found)) and t.parts.guard.keeps_statistics(growth):
+        found = probe(t.parts, batch)
+        if all(map(math.isfinite, found[:2])) and found.growth <= t.parts.guard.most_growth(step):
             break
-    return batch, (found[0], found[1])
+    return batch, found[:2]
 
 
 def _draws_elsewhere(parts: Parts, batch: Minibatch) -> bool:

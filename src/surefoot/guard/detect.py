@@ -24,6 +24,8 @@ FINE, NOT_FINITE, GRADIENT_SPIKE, LOSS_SPIKE, SAT_OUT, STATISTICS_SPIKE = range(
 """Verdicts on a step. Sat out: the guard had decided before that it should be. Statistics spike: see
 `MOST_GROWTH`.
 """
+ANY_GROWTH = sys.float_info.max
+"""That is finite."""
 MOST_GROWTH = 4.0
 """By what running statistics may grow in a step (`surefoot.optim.statistics.growth`). Each batch is
 normalised by its own, so what ruins them need not show in the loss or in the gradient.

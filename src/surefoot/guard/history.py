@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from surefoot.types import Ids
 
 Kind = Literal[
-    "quarantine", "release", "rollback", "hold_rate", "cut_rate", "clip", "bear", "anew", "sit_out"
+    "quarantine", "release", "rollback", "hold_rate", "cut_rate", "clip", "bear", "anew", "sit_out", "grow"
 ]
 
 
@@ -25,7 +25,8 @@ class Intervention(NamedTuple):
     back to `begins`), ``hold_rate`` (the schedule's multiplier is at most `value`), ``cut_rate`` (the rate
     is multiplied by `value`), ``clip`` (the gradient's norm is at most `value`), ``bear`` (before step
     `value` neither a high loss nor what is not finite is an alarm), ``anew`` (what is usual is learned
-    anew), ``sit_out`` (all updates before step `value` are refused). begins: the first step for which it
+    anew), ``sit_out`` (all updates before step `value` are refused), ``grow`` (before step
+    `value` running statistics are taken as they come). begins: the first step for which it
     holds. at: the step in which it was decided.
     """
 
@@ -76,11 +77,15 @@ class History:
         """Whether a high loss, and what is not finite, is no alarm in this step."""
         return any(i.kind == "bear" and i.begins <= step < i.value for i in self.interventions)
 
+    def lets_grow(self, step: int) -> bool:
+        """Whether running statistics are taken as they come in this step."""
+        return any(i.kind == "grow" and i.begins <= step < i.value for i in self.interventions)
+
     def unsettled(self, step: int) -> bool:
         """Whether more than samples and rates is otherwise than without the guard, at `step` or later."""
         return any(
             i.kind == "clip"
-            or (i.kind in ("sit_out", "bear") and i.value > step)
+            or (i.kind in ("sit_out", "bear", "grow") and i.value > step)
             or (i.kind == "anew" and i.begins >= step)
             for i in self.interventions
         )
@@ -125,7 +130,7 @@ class History:
         step `forget` or later, when all went wrong; and alarms that were borne are borne again.
         """
         kept = [i for i in self.interventions if i.kind != "quarantine" or i.at < forget]
-        again = ("quarantine", "bear", "anew")
+        again = ("quarantine", "bear", "anew", "grow")
         moved = [i._replace(begins=min(i.begins, step)) if i.kind in again else i for i in kept]
         return History((*moved, Intervention("rollback", step, at)), self.num_decided + 1)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from surefoot.guard.arithmetic import Numbers, Tensors
 from surefoot.guard.detect import (
+    ANY_GROWTH,
     BLOCK,
     BURN_IN,
     EARLIEST,
@@ -80,7 +80,7 @@ class Judge:
         """Of running statistics. In the first step, which may be with data quite unlike those that they are
         of, any finite one will do.
         """
-        return sys.float_info.max if self.seen is None and not self._losses else MOST_GROWTH
+        return ANY_GROWTH if self.seen is None and not self._losses else MOST_GROWTH
 
     def calm_for(self) -> int:
         """How many steps that are `CALM` have the same bounds; on a host."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surefoot.guard.detect import FINE, NOT_FINITE, SAT_OUT, STATISTICS_SPIKE, Decision
+from surefoot.guard.detect import ANY_GROWTH, FINE, NOT_FINITE, SAT_OUT, STATISTICS_SPIKE, Decision
 from surefoot.guard.guard import Guard
 from surefoot.guard.history import History
 from surefoot.guard.judge import CALM, Judge
@@ -36,7 +36,7 @@ class Watch:
 
     history: what it has done to the run: the only part of its state that going back does not undo.
     pending: an alarm that has not been seen to yet. reviewed: what the review has seen. layers: the same of
-    single layers.
+    single layers. unexplained: the last steps refused for running statistics without samples to blame.
     """
 
     def __init__(self, rules: Guard, device: torch.device) -> None:
@@ -47,6 +47,7 @@ class Watch:
         self.reviewed = Review()
         self.layers = Layers()
         self.num_refused_in_a_row = 0
+        self.unexplained: list[int] = []
         self.on = rules.mode != "off"
         self._device = device
         self.judge = Judge(device)
@@ -68,12 +69,15 @@ class Watch:
         if self.on and (growth is not None or not self.judge.on_host):
             self._begin_anew(step)
         if self.judge.on_host:
-            most = self.judge.most_growth
+            most = self.most_growth(step)
             permit = self.permit_on_host(loss.item(), grad_norm.item(), step=step, scaled=scaled)
             if growth is None or not self.on or permit.verdict != FINE or growth <= most:
                 return permit
             return Permit(_NO if self.heals else _YES, STATISTICS_SPIKE, permit.clip)
-        permitted, verdict, clip = self.permit_by(self.judge.take, loss, grad_norm, growth, scaled=scaled)
+        most = self.most_growth(step)
+        permitted, verdict, clip = self.permit_by(
+            self.judge.take, loss, grad_norm, growth, most=most, scaled=scaled
+        )
         if isinstance(verdict, Tensor) and isinstance(clip, Tensor):  # it heals
             limit = self.history.most_norm(step)
             if limit is not None:
@@ -89,6 +93,7 @@ class Watch:
         grad_norm: Tensor,
         growth: Tensor | float | None,
         *,
+        most: float,
         scaled: bool,
     ) -> Permit:
         """`permit` on a device by what `decide` makes of loss and norm, where `is_usual`."""
@@ -96,10 +101,9 @@ class Watch:
         watched = Permit(finite if scaled else torch.ones_like(finite), 0.0, 1.0)
         if not self.on:
             return watched
-        most = self.judge.most_growth
         verdict, clip, _ = decide(loss.double(), grad_norm.double())
-        if isinstance(growth, Tensor):
-            spike = (verdict == FINE) & ~(growth <= most)
+        if growth is not None:
+            spike = (verdict == FINE) & ~torch.as_tensor(growth <= most)
             verdict = torch.where(spike, STATISTICS_SPIKE, verdict)
         if not self.heals:
             return watched._replace(verdict=verdict)
@@ -113,7 +117,10 @@ class Watch:
             return True
         history = self.history
         if history.interventions and (
-            history.sits_out(step) or history.begins_anew(step) or history.most_norm(step) is not None
+            history.sits_out(step)
+            or history.begins_anew(step)
+            or history.most_norm(step) is not None
+            or history.lets_grow(step)
         ):
             return False
         return self.judge.allowed is not None
@@ -130,7 +137,7 @@ class Watch:
                 return -math.inf, -math.inf, -math.inf
             limit = self.history.most_norm(step)
             norm = norm if limit is None else min(norm, limit)
-        return loss, norm, self.judge.most_growth
+        return loss, norm, self.most_growth(step)
 
     def calm_for(self, step: int) -> int:
         """How many steps from `step` on, if each is within the bounds of `lets_pass` now, are permitted and
@@ -187,14 +194,14 @@ class Watch:
         seen = self.judge.seen
         return None if seen is None else math.exp(float(seen.log_mean))
 
-    def keeps_statistics(self, growth: float) -> bool:
-        """Whether running statistics may grow so much now."""
-        return growth <= self.judge.most_growth
+    def most_growth(self, step: int) -> float:
+        """Of running statistics that is permitted in a step."""
+        return ANY_GROWTH if self.history.lets_grow(step) else self.judge.most_growth
 
-    def would_permit(self, loss: float, norm: float, growth: float) -> bool:
+    def would_permit(self, loss: float, norm: float, growth: float, *, step: int) -> bool:
         """Whether a step with these numbers would be permitted now; nothing is taken up."""
         numbers = map(self.judge.tensor_or_float, (loss, norm))
-        return self.keeps_statistics(growth) and float(self.judge.decide(*numbers).verdict) == FINE
+        return growth <= self.most_growth(step) and float(self.judge.decide(*numbers).verdict) == FINE
 
     def review(
         self, *, step: int, loss: float, verdict: int, permitted: bool, expected: bool
@@ -217,6 +224,7 @@ class Watch:
             "review": self.reviewed.state_dict(),
             "layers": self.layers.state_dict(),
             "history": self.history.to_json(),
+            "unexplained": self.unexplained,
             "pending": None if self.pending is None else list(self.pending),
         }
 
@@ -224,6 +232,7 @@ class Watch:
         """Puts back what `state_dict` gave, or an earlier version's."""
         self.num_refused_in_a_row = state["num_refused_in_a_row"]
         self.judge.load_state_dict(state)
+        self.unexplained = list(state.get("unexplained", []))
         self.reviewed = Review()
         self.reviewed.load_state_dict(state.get("review", {}))
         self.layers.load_state_dict(state.get("layers", {}))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from surefoot.optim.statistics import growth, growth_on_host, settings_of
+from surefoot.optim.statistics import Grown, growth, growths_on_host, settings_of, worst
 
 
 class Buffers:
@@ -45,7 +45,11 @@ class Buffers:
             for m in model.modules()
             if isinstance(m, _BatchNorm)
         }
-        tracking = [m for m, those in kept.items() if None not in those]
+        tracking = [
+            m
+            for m, those in kept.items()
+            if None not in those and m.running_var is not None and m.running_var.dim() == 1
+        ]
         self.statistics = [name for m in tracking for name in kept[m] if name is not None]
         self._settings = [settings_of(m) for m in tracking]
         self._held: Tensor | None = None
@@ -73,14 +77,24 @@ class Buffers:
             else:
                 self._kept |= {n: b.detach().clone() for n, b in zip(self.changing, now, strict=True)}
 
-    def growth(self) -> Tensor | float | None:
-        """Of running statistics in this step so far: see `growth`. On a CPU a number; None without any."""
+    def growth(self, *, on_host: bool) -> Tensor | float | None:
+        """Of running statistics in this step so far: see `growth`. A number on a host, else 0-d."""
         if not self.statistics:
             return None
+        if on_host:
+            found = self.growths()
+            return found[worst(found)].growth if len(found) > 1 else found[0].growth
         kept, live = [self._kept[name] for name in self.statistics], self.live(self.statistics)
-        if live[0].is_cpu:
-            return growth_on_host(kept, live, self._settings)
         return growth(kept, live, self.settings())
+
+    def growths(self) -> list[Grown]:
+        """Of each batch norm; waits for a device."""
+        kept = [self._kept[name] for name in self.statistics]
+        return growths_on_host(kept, self.live(self.statistics), self._settings)
+
+    def layer(self, place: int) -> str:
+        """The name of one of those."""
+        return self.statistics[3 * place].rpartition(".")[0]
 
     def settings(self) -> Tensor:
         """What `growth` has to know of each layer of `statistics`, on their device."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +17,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from surefoot.optim.gradients import norms_of
 
 
+class Grown(NamedTuple):
+    """What a step makes of a layer's running statistics. growth: see `growth`. sees: the layer's input
+    varies by more than nothing.
+    """
+
+    growth: float
+    sees: bool
+
+
 def growth(then: Sequence[Tensor], now: Sequence[Tensor], settings: Tensor) -> Tensor:
     """By what the running variance of a batch norm, added up over its channels, has grown, or its running
     mean square, if that has grown by more; of the layer for which that is most. 0-d; not finite if one of
-    them is not.
+    them is no longer.
 
     As long as they are still to a part what they were made with, it is less by that part; so in the first
     batch of all there is none.
@@ -32,34 +42,47 @@ def growth(then: Sequence[Tensor], now: Sequence[Tensor], settings: Tensor) -> T
     least, keeps = settings.unbind(1)
     (variance, square), (new_variance, new_square) = (_moments(at, least) for at in (then, now))
     known = 1.0 - keeps ** torch.stack(list(then[2::3]))
-    most: Tensor = (known * torch.maximum(new_square / square, new_variance / variance)).max()
+    each = known * torch.maximum(new_square / square, new_variance / variance)
+    most: Tensor = torch.where(torch.isfinite(square), each, 0.0).max()
     return most
 
 
 def _moments(statistics: Sequence[Tensor], least: Tensor) -> tuple[Tensor, Tensor]:
     """Variance and mean square of each layer, added up over its channels: 1-d."""
-    single = [t.float() for t in statistics]  # in half sums are soon infinite
-    mean, variance = norms_of(single[0::3]), norms_of(single[1::3], 1) + least
+    wide = [_wide(t) for t in statistics]
+    mean, variance = norms_of(wide[0::3]), norms_of(wide[1::3], 1) + least
     return variance, variance + mean * mean
 
 
-def growth_on_host(
+def growths_on_host(
     then: Sequence[Tensor], now: Sequence[Tensor], settings: Sequence[tuple[float, float]]
-) -> float:
-    """`growth` by Python's numbers: on a CPU in less than half the time, if layers are few."""
+) -> list[Grown]:
+    """`growth` of each layer by Python's numbers: in less than half the time, if layers are few."""
     found, at = [], 0
     for least, keeps in settings:
         variance, square = _moments_on_host(then[at], then[at + 1], least)
         new_variance, new_square = _moments_on_host(now[at], now[at + 1], least)
         known = 1.0 - keeps ** then[at + 2].item()
-        found.append(known * max(new_square / square, new_variance / variance))  # NaN if the latter is
+        each = known * max(new_square / square, new_variance / variance)  # NaN if the latter is
+        added = new_variance - least - keeps * (variance - least)
+        found.append(Grown(each if math.isfinite(square) else 0.0, added > (1.0 - keeps) * least))
         at += 3
-    return max(found) if all(map(math.isfinite, found)) else math.nan
+    return found
+
+
+def worst(found: Sequence[Grown]) -> int:
+    """The place of the layer that grows most; what is not finite is more than anything."""
+    return max(range(len(found)), key=lambda i: g if (g := found[i].growth) == g else math.inf)
 
 
 def _moments_on_host(mean: Tensor, variance: Tensor, least: float) -> tuple[float, float]:
-    mean, added = mean.float(), variance.float().sum().item() + least
+    mean, added = _wide(mean), _wide(variance).sum().item() + least
     return added, added + torch.dot(mean, mean).item()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In single precision at least: in half sums are soon infinite."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def settings_of(norm: _BatchNorm) -> tuple[float, float]:

@@ -60,6 +60,8 @@ def _incident(event: Event, title: str, runbook: str, **words: Any) -> Incident:
 def _refused(event: Event) -> Incident:
     would = event["kind"] == "would_skip"
     evidence = f"loss {float(event['loss']):.6g}, gradient norm {float(event['grad_norm']):.6g}"
+    if "growth" in event:
+        evidence += f", {float(event['growth']):.3g} times the running variance"
     return _incident(
         event,
         "an update would have been refused" if would else "an update was refused",
@@ -69,11 +71,19 @@ def _refused(event: Event) -> Incident:
         action="none: the guard only watches"
         if would
         else "weights, optimizer and buffers left as they were",
-        advice="fp16 finds its loss scale this way; nothing is to be done while it is rare."
-        if "fp16" in event["reason"]
-        else "Look at the samples of the step: surefoot replay RUN --step "
-        f"{event.get('step', 0)}. If it recurs without bad samples, lower the rate or clip the gradient.",
+        advice=_what_to_do(event),
         lost_steps=0 if would else 1,
+    )
+
+
+def _what_to_do(event: Event) -> str:
+    if "fp16" in event["reason"]:
+        return "fp16 finds its loss scale this way; nothing is to be done while it is rare."
+    units = event["reason"].startswith("statistics")
+    else_ = "bring all inputs to one scale" if units else "lower the rate or clip the gradient"
+    return (
+        f"Look at the samples of the step: surefoot replay RUN --step {event.get('step', 0)}. "
+        f"If it recurs without bad samples, {else_}."
     )
 
 

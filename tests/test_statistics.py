@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import blobs, recipe
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scenarios import base, batch_normed, mixture, spoiling
 from torch import nn
@@ -161,6 +161,24 @@ def test_a_run_interrupted_where_data_change_is_alike_to_the_bit(tmp_path, opera
     assert events(other.path, "borne")
     for name in ("loss", "grad_norm", "verdict", "permitted"):
         assert np.array_equal(one.log()[name], other.log()[name]), name
+
+
+def test_where_they_were_let_grow_they_are_looked_at_again(tmp_path):
+    """In a compiled run, too, in which steps are settled by blocks of 32."""
+
+    def spoil(x, y, plan):
+        for step in range(300, 450):
+            ids = plan.ids(step)
+            x[ids] *= 1000.0
+            if step in (360, 415):
+                x[ids[5], 31] *= 1e5  # which the loss hardly shows
+
+    changed = base(0, sf.Guard(), model=normed_inputs, steps=450, spoil=spoil, validation=None)
+    for operations in (EAGER, COMPILED):
+        done = sf.fit(changed, out=tmp_path / f"{operations.compute.compile}", operations=operations)
+        log = sf.open_run(done.run_dir).log()
+        assert "Until step 407 " in events(done.run_dir, "borne")[0]["reason"]
+        assert (log["verdict"] == STATISTICS_SPIKE).nonzero()[0].tolist() == [*range(300, 307), 415]
 
 
 def dense(x, y, ids):
@@ -376,6 +394,7 @@ anything = st.one_of(st.floats(0, 20), st.sampled_from([MOST_GROWTH, math.inf, m
     st.sampled_from(["heal", "watch", "off"]),
     st.booleans(),
 )
+@example([(1.0, 1.0)] * 20 + [(1.0, 19.0)], "heal", True)
 def test_a_device_decides_as_a_host_does(rows, mode, anew):
     """What runs on a GPU, run on the CPU."""
     here, there = (Watch(sf.Guard(mode), torch.device("cpu")) for _ in range(2))

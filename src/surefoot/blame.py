@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from surefoot.data.holes import leave_out
+from surefoot.guard.detect import STATISTICS_SPIKE
 from surefoot.optim.statistics import worst
 from surefoot.train_step import Parts, Probe, losses_of, probe
 from surefoot.types import HOLE, Minibatch, leaves
@@ -35,11 +36,11 @@ class Blame(NamedTuple):
     by_nature: bool = False
 
 
-def to_blame(parts: Parts, batch: Minibatch) -> Blame:
+def to_blame(parts: Parts, batch: Minibatch, verdict: int) -> Blame:
     """Samples without which the step that was refused would have been permitted; none if it is not for a
     few samples.
     """
-    blamed = _blamed(parts, batch)
+    blamed = _blamed(parts, batch, verdict)
     ids = blamed.ids
     if not ids:
         return blamed
@@ -52,24 +53,24 @@ def to_blame(parts: Parts, batch: Minibatch) -> Blame:
     return blamed._replace(broken_data=bool(broken.all()))
 
 
-def _blamed(parts: Parts, batch: Minibatch) -> Blame:
+def _blamed(parts: Parts, batch: Minibatch, verdict: int) -> Blame:
     losses = losses_of(parts, batch)
     broken, found = _ids(batch, ~torch.isfinite(losses)), probe(parts, batch)
     everyone = _ids(batch, torch.ones_like(losses, dtype=torch.bool))
     if broken or not math.isfinite(found.grad_norm):
         return Blame(_breaking(parts, batch, broken or everyone, lambda p: all(map(math.isfinite, p[:2]))))
     most = parts.guard.most_growth(batch.slots.step)
+    if found.growth <= most and verdict == STATISTICS_SPIKE:  # by now they are otherwise
+        return Blame(())
     if found.growth <= most:
         return Blame(_outweighing(parts, batch, losses))
-    ids = _breaking(parts, batch, everyone, lambda p: p.growth <= most)
     place = worst(found.growths)
+    blamed = Blame((), growth=found.growth, layer=parts.buffers.layer(place))
+    ids = _breaking(parts, batch, everyone, lambda p: p.growth <= most)
+    if not ids:
+        return blamed
     left = probe(parts, leave_out(batch, np.isin(batch.slots.ids, ids))).growths[place]
-    return Blame(
-        () if ids and not left.sees else ids,
-        growth=found.growth,
-        layer=parts.buffers.layer(place),
-        by_nature=bool(ids) and not left.sees,
-    )
+    return blamed._replace(ids=ids) if left.sees else blamed._replace(by_nature=True)
 
 
 def _breaking(

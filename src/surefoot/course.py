@@ -279,21 +279,26 @@ def _refused(
     course: Course, slots: Slots, loss: float, grad_norm: float, verdict: int, *, permitted: bool
 ) -> Stop | Literal["explained"] | None:
     """Tells of an update that was refused, or should have been; finds the samples that are to blame.
-    Explained: their data are broken, so this says nothing of the run's health.
+    Explained: by them, or by what was decided before, so this says nothing of the run's health.
     """
-    guard = course.parts.guard
+    guard, spike = course.parts.guard, verdict == STATISTICS_SPIKE
+    if spike and guard.heals and not course.blames:
+        return _as_before(course, slots.step)
     why = _why_refused(course, loss, grad_norm, verdict)
     blames = course.blames and guard.heals and verdict != FINE
+    late = spike and guard.history.will_let_grow(slots.step)
     blamed = Blame(())
-    if blames and not (verdict == NOT_FINITE and "fp16" in why):
-        blamed = course.healer.blame(slots.step)
+    if blames and not late and not (verdict == NOT_FINITE and "fp16" in why):
+        blamed = course.healer.blame(slots.step, verdict)
     grown = {}
-    if verdict == STATISTICS_SPIKE:
+    if spike:
         why = _what_would_grow(blamed)
         grown = {"growth": blamed.growth} if blamed.layer else {}
     kind = "would_skip" if permitted else "skipped"
     course.told.event(kind, step=slots.step, reason=why, loss=loss, grad_norm=grad_norm, **grown)
-    if blames and verdict == STATISTICS_SPIKE and not blamed.ids:
+    if late:
+        return "explained"
+    if blamed.layer and not blamed.ids:
         _let_grow(course, slots, at_once=blamed.by_nature)
     if not blamed.ids:
         return None
@@ -303,7 +308,18 @@ def _refused(
     if done:
         number, ids = guard.history.num_decided, list(blamed.ids)
         course.told.event("quarantined", step=slots.step, ids=ids, reason=why, interventions=number)
-    return "explained" if done and (blamed.broken_data or verdict == STATISTICS_SPIKE) else None
+    elif spike:  # there are too many
+        _let_grow(course, slots, at_once=False)
+    return "explained" if done and (blamed.broken_data or spike) else None
+
+
+def _as_before(course: Course, step: int) -> Literal["explained"] | None:
+    """What came of a step that was refused for running statistics when it was taken for the first time."""
+    guard = course.parts.guard
+    if guard.history.blamed(step) or guard.history.will_let_grow(step):
+        return "explained"
+    guard.unexplained.append(step)
+    return None
 
 
 def _let_grow(course: Course, slots: Slots, *, at_once: bool) -> None:
@@ -360,13 +376,11 @@ def _warn(course: Course, alarm: Alarm) -> None:
 
 
 def _what_would_grow(blamed: Blame) -> str:
-    whose = f"of batch norm {blamed.layer!r}" if blamed.layer else "of a batch norm"
+    whose = f"batch norm {blamed.layer!r}" if blamed.layer else "a batch norm"
     if not math.isfinite(blamed.growth):
-        return f"statistics spike: the running statistics {whose} would no longer have been finite"
-    return (
-        f"statistics spike: the running variance {whose} would have become more than {MOST_GROWTH:g} times "
-        "as large"
-    )
+        return f"statistics spike: the running statistics of {whose} would no longer have been finite"
+    told = f"statistics spike: the running statistics of {whose} would have become more than"
+    return f"{told} {MOST_GROWTH:g} times as large" + ("" if blamed.layer else ", or not finite")
 
 
 def _why_refused(course: Course, loss: float, grad_norm: float, verdict: int) -> str:

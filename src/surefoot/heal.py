@@ -395,9 +395,9 @@ class Healer:
 
     # ------------------------------------------------------------------ after a refused step
 
-    def blame(self, step: int) -> Blame:
+    def blame(self, step: int, verdict: int) -> Blame:
         """Samples without which the step that was refused would have been permitted."""
-        return to_blame(self.parts, self.batch(step))
+        return to_blame(self.parts, self.batch(step), verdict)
 
     def batch(self, step: int, history: History | None = None, *, at: int | None = None) -> Minibatch:
         """The batch of a step, without what is in quarantine there; or in step `at` of another history."""

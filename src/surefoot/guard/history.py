@@ -81,6 +81,14 @@ class History:
         """Whether running statistics are taken as they come in this step."""
         return any(i.kind == "grow" and i.begins <= step < i.value for i in self.interventions)
 
+    def will_let_grow(self, step: int) -> bool:
+        """Whether it was decided before this step that they are, and this step had its batch already."""
+        return any(i.kind == "grow" and i.at < step < i.begins for i in self.interventions)
+
+    def blamed(self, step: int) -> bool:
+        """Whether samples were found that were to blame for this step."""
+        return any(i.kind == "quarantine" and i.at == step for i in self.interventions)
+
     def unsettled(self, step: int) -> bool:
         """Whether more than samples and rates is otherwise than without the guard, at `step` or later."""
         return any(
@@ -126,10 +134,12 @@ class History:
         return spans
 
     def back_to(self, step: int, at: int, *, forget: int) -> History:
-        """After a rollback: what was found out about samples holds from there on, but for what was found in
-        step `forget` or later, when all went wrong; and alarms that were borne are borne again.
+        """After a rollback: what was found out about samples and running statistics holds from there on,
+        but for what was found in step `forget` or later, when all went wrong; and alarms that were borne
+        are borne again.
         """
-        kept = [i for i in self.interventions if i.kind != "quarantine" or i.at < forget]
+        found = ("quarantine", "grow")
+        kept = [i for i in self.interventions if i.kind not in found or i.at < forget]
         again = ("quarantine", "bear", "anew", "grow")
         moved = [i._replace(begins=min(i.begins, step)) if i.kind in again else i for i in kept]
         return History((*moved, Intervention("rollback", step, at)), self.num_decided + 1)

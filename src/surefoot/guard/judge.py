@@ -10,11 +10,9 @@ import torch
 
 from surefoot.guard.arithmetic import Numbers, Tensors
 from surefoot.guard.detect import (
-    ANY_GROWTH,
     BLOCK,
     BURN_IN,
     EARLIEST,
-    MOST_GROWTH,
     Decision,
     Limits,
     Statistics,
@@ -74,13 +72,6 @@ class Judge:
             self.seen = take_up(self._xp, self.seen, self.allowed, *self._waiting())
         self._losses, self._norms = [], []
         self._set_bounds()
-
-    @property
-    def most_growth(self) -> float:
-        """Of running statistics. In the first step, which may be with data quite unlike those that they are
-        of, any finite one will do.
-        """
-        return ANY_GROWTH if self.seen is None and not self._losses else MOST_GROWTH
 
     def calm_for(self) -> int:
         """How many steps that are `CALM` have the same bounds; on a host."""

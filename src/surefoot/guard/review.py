@@ -66,8 +66,8 @@ class Review:
 
         Args:
             verdict: `FINE`, or why the update was refused.
-            expected: it was refused because fp16 is looking for its loss scale, or for a sample whose data
-                are not finite and which is left out from now on.
+            expected: it was refused because fp16 is looking for its loss scale, or for samples whose data
+                are not finite, or ruin running statistics, and which are left out from now on.
             bears: neither a high level nor what is not finite is an alarm now.
         """
         self.age += 1

@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from surefoot.guard.detect import ANY_GROWTH, FINE, NOT_FINITE, SAT_OUT, STATISTICS_SPIKE, Decision
+from surefoot.guard.detect import (
+    ANY_GROWTH,
+    FINE,
+    MOST_GROWTH,
+    NOT_FINITE,
+    SAT_OUT,
+    STATISTICS_SPIKE,
+    Decision,
+)
 from surefoot.guard.guard import Guard
 from surefoot.guard.history import History
 from surefoot.guard.judge import CALM, Judge
@@ -66,14 +74,13 @@ class Watch:
         growth: of running statistics, if the model has any; on a CPU a float. scaled: fp16's loss scale
         needs updates that are not finite to be refused, whatever the mode.
         """
-        if self.on and (growth is not None or not self.judge.on_host):
-            self._begin_anew(step)
         if self.judge.on_host:
-            most = self.most_growth(step)
             permit = self.permit_on_host(loss.item(), grad_norm.item(), step=step, scaled=scaled)
-            if growth is None or not self.on or permit.verdict != FINE or growth <= most:
+            if growth is None or not self.on or permit.verdict != FINE or growth <= self.most_growth(step):
                 return permit
             return Permit(_NO if self.heals else _YES, STATISTICS_SPIKE, permit.clip)
+        if self.on:
+            self._begin_anew(step)
         most = self.most_growth(step)
         permitted, verdict, clip = self.permit_by(
             self.judge.take, loss, grad_norm, growth, most=most, scaled=scaled
@@ -103,7 +110,7 @@ class Watch:
             return watched
         verdict, clip, _ = decide(loss.double(), grad_norm.double())
         if growth is not None:
-            spike = (verdict == FINE) & ~torch.as_tensor(growth <= most)
+            spike = (verdict == FINE) & ~(torch.as_tensor(growth).double() <= most)
             verdict = torch.where(spike, STATISTICS_SPIKE, verdict)
         if not self.heals:
             return watched._replace(verdict=verdict)
@@ -195,8 +202,11 @@ class Watch:
         return None if seen is None else math.exp(float(seen.log_mean))
 
     def most_growth(self, step: int) -> float:
-        """Of running statistics that is permitted in a step."""
-        return ANY_GROWTH if self.history.lets_grow(step) else self.judge.most_growth
+        """Of running statistics that is permitted in a step. In the first one, which may be with data quite
+        unlike those that they are of, any finite one will do.
+        """
+        first = step == 0 or self.history.begins_anew(step)
+        return ANY_GROWTH if first or self.history.lets_grow(step) else MOST_GROWTH
 
     def would_permit(self, loss: float, norm: float, growth: float, *, step: int) -> bool:
         """Whether a step with these numbers would be permitted now; nothing is taken up."""

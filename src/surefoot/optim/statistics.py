@@ -64,8 +64,9 @@ def growths_on_host(
         new_variance, new_square = _moments_on_host(now[at], now[at + 1], least)
         known = 1.0 - keeps ** then[at + 2].item()
         each = known * max(new_square / square, new_variance / variance)  # NaN if the latter is
-        added = new_variance - least - keeps * (variance - least)
-        found.append(Grown(each if math.isfinite(square) else 0.0, added > (1.0 - keeps) * least))
+        kept = keeps ** (now[at + 2].item() - then[at + 2].item())
+        added = new_variance - least - kept * (variance - least)
+        found.append(Grown(each if math.isfinite(square) else 0.0, added > (1.0 - kept) * least))
         at += 3
     return found
 

@@ -61,7 +61,7 @@ def _refused(event: Event) -> Incident:
     would = event["kind"] == "would_skip"
     evidence = f"loss {float(event['loss']):.6g}, gradient norm {float(event['grad_norm']):.6g}"
     if "growth" in event:
-        evidence += f", {float(event['growth']):.3g} times the running variance"
+        evidence += f", {float(event['growth']):.3g} times the running statistics"
     return _incident(
         event,
         "an update would have been refused" if would else "an update was refused",
@@ -80,10 +80,10 @@ def _what_to_do(event: Event) -> str:
     if "fp16" in event["reason"]:
         return "fp16 finds its loss scale this way; nothing is to be done while it is rare."
     units = event["reason"].startswith("statistics")
-    else_ = "bring all inputs to one scale" if units else "lower the rate or clip the gradient"
+    otherwise = "bring all inputs to one scale" if units else "lower the rate or clip the gradient"
     return (
         f"Look at the samples of the step: surefoot replay RUN --step {event.get('step', 0)}. "
-        f"If it recurs without bad samples, {else_}."
+        f"If it recurs without bad samples, {otherwise}."
     )
 
 
@@ -131,13 +131,18 @@ def _rolled_back(event: Event) -> Incident:
 
 
 def _borne(event: Event) -> Incident:
+    spikes = event["detector"] == "statistics spike"
     return _incident(
         event,
-        "an alarm was borne: the data changed, not the weights",
+        "running statistics were let grow"
+        if spikes
+        else "an alarm was borne: the data changed, not the weights",
         "changed-data",
-        cause="batches that differ from what came before",
+        cause="what goes into a batch norm changed"
+        if spikes
+        else "batches that differ from what came before",
         evidence=f"{event['detector']}: {event['reason']}",
-        action="none; watched on",
+        action="they are taken as they come for a while" if spikes else "none; watched on",
         advice="Look at the data from that step on: order, labels, scale.",
     )
 

@@ -79,8 +79,7 @@ def test_bad_samples_are_named_and_no_others(tmp_path, model, optimizer, scale, 
     x[bad[10:]] *= scale
     done = trained(x, "run")
     found = set(sf.open_run(done.run_dir).summary()["quarantined"])
-    assert len(found & set(bad.tolist())) >= 18
-    assert len(found - set(bad.tolist())) <= 5
+    assert found == set(bad.tolist())
     assert done.status == "finished"
     assert done.metrics["accuracy"] >= 0.99 * calm.metrics["accuracy"]
     assert sf.open_run(done.run_dir).verify() == []

@@ -177,6 +177,33 @@ def test_a_bad_sample_among_calm_ones_is_named_whatever_the_micro_batches(tmp_pa
     assert not events(done.run_dir, "borne")
 
 
+def test_going_back_by_taking_steps_again_is_as_going_back_to_a_kept_state(tmp_path, monkeypatch):
+    """Samples are named in seven of the steps before 400, and the eighth refused is nobody's fault."""
+
+    def spoil(x, y, plan):
+        for step in range(385, 399, 2):
+            x[plan.ids(step)[5]] *= 100.0
+        x[plan.ids(401)] *= 1000.0
+
+    schedule = sf.constant(over=500) >> sf.constant(over=40) * 300.0 >> sf.constant()
+    changed = base(0, sf.Guard(), model=normed_inputs, steps=700, spoil=spoil, schedule=schedule)
+    kept = sf.fit(changed, out=tmp_path / "kept", operations=EAGER)
+    (back,) = events(kept.run_dir, "rolled_back")
+    assert back["step"] == 400
+    monkeypatch.setattr("surefoot.heal._MEMORY_SHARE", 0.0)
+    operations = EAGER.model_copy(
+        update={"checkpoint": sf.Operations(checkpoint={"every": 350}).checkpoint}
+    )
+    again = sf.fit(changed, out=tmp_path / "again", operations=operations)
+    assert (again.digest, again.ledger) == (kept.digest, kept.ledger)
+    one, other = (
+        [(e["kind"], e["step"]) for e in sf.open_run(run.run_dir).events() if e["kind"] in told]
+        for told in [("skipped", "quarantined", "rolled_back", "borne")]
+        for run in (kept, again)
+    )
+    assert one == other
+
+
 def test_what_was_let_grow_when_all_went_wrong_is_forgotten():
     history = History().with_(Intervention("grow", 101, 100, 201.0), Intervention("grow", 301, 300, 501.0))
     back = history.back_to(200, 350, forget=250)

@@ -48,7 +48,7 @@ class Buffers:
         tracking = [
             m
             for m, those in kept.items()
-            if None not in those and all(b is not None and b.dim() <= 1 for b in m.buffers(recurse=False))
+            if None not in those and all(b.dim() <= 1 for b in m.buffers(recurse=False))
         ]
         self.statistics = [name for m in tracking for name in kept[m] if name is not None]
         self._settings = [settings_of(m) for m in tracking]

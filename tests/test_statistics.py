@@ -89,6 +89,20 @@ def large(x, y, ids):
     x[ids[5]] *= 100.0
 
 
+def hidden(x, y, ids):
+    x[ids[5], 31] *= 1e5  # which the loss hardly shows
+
+
+def test_a_compiled_step_sees_itself_what_the_loss_hardly_shows(tmp_path):
+    steps = range(90, 400, 50)
+    changed = base(0, sf.Guard(), model=normed_inputs, steps=400, spoil=spoiling(steps, hidden))
+    done = sf.fit(changed, out=tmp_path / "run", operations=COMPILED)
+    view = sf.open_run(done.run_dir)
+    assert view.identity["environment"]["compiled"] == "step"
+    assert (view.log()["verdict"] == STATISTICS_SPIKE).nonzero()[0].tolist() == list(steps)
+    assert done.model[0].running_var[31] < 2.0
+
+
 def test_eager_and_compiled_steps_refuse_the_same(tmp_path):
     runs = []
     for operations in (EAGER, COMPILED):

@@ -114,11 +114,9 @@ def _outweighing(parts: Parts, batch: Minibatch, losses: Tensor) -> tuple[int, .
 def _without(parts: Parts, batch: Minibatch, ids: tuple[int, ...]) -> bool:
     """Whether a step without these samples would be permitted."""
     left = leave_out(batch, np.isin(batch.slots.ids, ids))
-    return left.slots.num_samples > 0 and _permitted(parts, batch, probe(parts, left))
-
-
-def _permitted(parts: Parts, batch: Minibatch, found: Probe) -> bool:
-    step = batch.slots.step
+    if not left.slots.num_samples:
+        return False
+    found, step = probe(parts, left), batch.slots.step
     return parts.guard.would_permit(found.loss, found.grad_norm, found.growth, step=step)
 
 

@@ -323,7 +323,7 @@ def _as_before(course: Course, step: int) -> Literal["explained"] | None:
 
 
 def _let_grow(course: Course, slots: Slots, *, at_once: bool) -> None:
-    """Tells from where on running statistics are taken as they come, if it comes to that."""
+    """Takes running statistics as they come from a step on, and tells of it, if it comes to that."""
     lag = course.readings.lag
     until = course.healer.let_grow(slots.step, at_once=at_once, lag=lag)
     if until is None:

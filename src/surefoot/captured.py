@@ -173,8 +173,14 @@ class Captured:
                 torch.cuda.set_stream(stream)
                 with suppress(Exception):
                     torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+                with suppress(Exception):
+                    stream.wait_stream(self._stream)
                 own = own.clone_state()
                 raise
+            else:
+                # Before a capture torch writes seeds, on its stream, to where launches write theirs, on this
+                # one: the first could come last (torch 2.11), even after that memory is another tensor's.
+                stream.wait_stream(self._stream)
             finally:
                 self._set_generator(own)
                 self._has_grads = True

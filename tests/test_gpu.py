@@ -404,8 +404,8 @@ def test_a_capture_that_fails_leaves_all_in_order(tmp_path):
 
 
 def test_a_launch_waits_for_what_torch_does_before_a_capture(tmp_path, monkeypatch):
-    """It writes seeds, on the stream of the capture, to where those of a launch go. Once that came late, the
-    first launch drew other numbers; here it does each time."""
+    """It writes seeds, on the stream of the capture, where those of a launch go. If that came late, the
+    first launch drew other numbers; here it comes late each time."""
     begin = torch.cuda.CUDAGraph.capture_begin
 
     def late(graph, *of, **options):

@@ -895,19 +895,18 @@ def test_the_guards_state_survives_json(host):
 # ---------------------------------------------------------------------------------- D7
 
 
-def continued_after_a_kill(tmp_path, *, during=None, after=None):
+def continued_after_a_kill(tmp_path, *, during=None, after=None, **changes):
     """A run that was killed at step 470, its newest state that of 400, and continued; its events."""
     often = {"checkpoint": {"every": 200}, "progress": "off"}
-    for outcome in sf.steps(
-        base(0, sf.Guard(), steps=600), out=tmp_path / "run", operations=Operations(**often)
-    ):
+    changed = base(0, sf.Guard(), steps=600, **changes)
+    for outcome in sf.steps(changed, out=tmp_path / "run", operations=Operations(**often)):
         if outcome.step == 450 and during is not None:
             during(outcome.model)
         if outcome.step == 470:
             shutil.copytree(tmp_path / "run", tmp_path / "killed")
             break
     (tmp_path / "killed/LOCK").unlink()
-    built = build(base(0, sf.Guard(), steps=600), RunFolder(tmp_path / "killed"), Operations(**often))
+    built = build(changed, RunFolder(tmp_path / "killed"), Operations(**often))
     assert built.state.step == 400
     if after is not None:
         after(built.state)

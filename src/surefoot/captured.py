@@ -178,7 +178,7 @@ class Captured:
                 own = own.clone_state()
                 raise
             else:
-                # Before a capture torch writes seeds, on its stream, to where launches write theirs, on this
+                # Before a capture torch writes seeds, on its stream, where a launch writes its own, on this
                 # one: the first could come last (torch 2.11), even after that memory is another tensor's.
                 stream.wait_stream(self._stream)
             finally:

@@ -185,6 +185,12 @@ def replay(
         course, told=told or Silence(), readings=readings, rows=rows, blames=not known, before={}
     )
     state = course.state
+
+    def is_news(verdict: Alarm | Stop | None) -> bool:
+        if known and isinstance(verdict, Alarm) and verdict.detector == "D6":
+            course.parts.guard.reviewed.told_slow = True
+        return verdict is not None and not known
+
     while state.step < until and not state.stopped_early:
         if course.stop():
             raise StopAskedError
@@ -192,16 +198,14 @@ def replay(
         lr = course.parts.base_lr[0] * multiplier
         label = Label(batch.slots, state.samples, lr, attempt.num_micro, 0.0, 0.0, 0.0)
         verdict = settle(quiet, label, attempt)
-        if verdict is not None and not known:
+        if is_news(verdict):
             return verdict
-        if isinstance(verdict, Alarm) and verdict.detector == "D6":
-            course.parts.guard.reviewed.told_slow = True
         if verdict is None and state.step % EVERY == 0 and course.parts.guard.on:
             look_at_layers(quiet, layers_of(course.parts.model, attempt.trained), attempt.norms)
         if validation_due(quiet) and run_validation(quiet) is None:
             raise StopAskedError
     verdict = settle(quiet, None, None)
-    return None if known else verdict
+    return verdict if is_news(verdict) else None
 
 
 def settle(

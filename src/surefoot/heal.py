@@ -199,8 +199,12 @@ class Healer:
             others = [name for name in tried if name != remedy]
             return facts | {"cause": cause, "remedy": remedy, "tried": others, "seconds": seconds}
 
-        self._go_back(target, before, replay)
-        odd = self._first_difference(alarm, replay)
+        now = self._again(target, alarm, replay)
+        odd = self._first_difference(alarm, now)
+        if odd is not None and not _repeat(now, self._again(target, alarm, replay)):
+            odd = None  # so it says nothing of the machine
+            alarm = alarm._replace(reason=f"{alarm.reason}; {_UNREPEATABLE}")
+            facts["reason"] = alarm.reason
         forget = alarm.onset if odd is None else min(odd, alarm.onset)
         went_back = before.back_to(target, alarm.step, forget=forget)
         if resumed and odd is None:  # it was the earlier attempt that erred, if anything did
@@ -287,14 +291,19 @@ class Healer:
         at = [self.schedule(s) for s in range(0, self.total, max(1, self.total // 200))]
         return self.schedule(step) < 0.5 * max(at)
 
-    def _first_difference(self, alarm: Alarm, replay: Replay) -> int | None:
-        """The first step whose replay gives other bits than it gave before."""
-        begins, resumed = self.state.step, alarm.detector == "D7"
+    def _again(self, target: int, alarm: Alarm, replay: Replay) -> list[Row]:
+        """The steps from `target` up to the alarm, taken again with the history as it is."""
+        rows: list[Row] = []
+        self._go_back(target, self.parts.guard.history, replay)
+        replay(min(self.total, alarm.step + 1), rows, known=True)
+        return rows
+
+    def _first_difference(self, alarm: Alarm, now: Sequence[Row]) -> int | None:
+        """The first step whose replay gave other bits than it gave before."""
+        resumed = alarm.detector == "D7"
         before = {row.step: row for row in self.rows}
-        now: list[Row] = []
-        replay(min(self.total, alarm.step + 1), now, known=True)
         for row in now:
-            exact = (row.step if resumed else begins) >= self.own_from
+            exact = (row.step if resumed else now[0].step) >= self.own_from
             if row.step in before and not same_row(before[row.step], row, exact=exact):
                 return row.step
         return alarm.step if alarm.detector == "D0" and self.parts.updater.finite() else None
@@ -444,6 +453,8 @@ class Healer:
         return max(_FEW, int(self.parts.guard.rules.max_quarantined * self.num_samples))
 
 
+_UNREPEATABLE = "its steps, taken again, come out otherwise each time: model, data or kernels do not repeat"
+
 _CAUSES = {
     "hold_rate": "the learning rate jumped",
     "quarantine": "samples whose losses stand out",
@@ -466,6 +477,12 @@ def same_row(a: Row, b: Row, *, exact: bool) -> bool:
     """To the bit; or, where another process took one of them, perhaps with other operations, roughly."""
     pairs = zip(a, b, strict=True)
     return all(x == y or (x != x and y != y) or (not exact and abs(x - y) < 0.1 * abs(x)) for x, y in pairs)
+
+
+def _repeat(one: Sequence[Row], other: Sequence[Row]) -> bool:
+    """Whether the same steps, taken twice by this process, have the same bits."""
+    alike = (same_row(a, b, exact=True) for a, b in zip(one, other, strict=False))
+    return len(one) == len(other) and all(alike)
 
 
 def _free_bytes(device: torch.device) -> int:

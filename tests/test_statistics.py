@@ -15,7 +15,7 @@ from scenarios import base, batch_normed, mixture, spoiling
 from torch import nn
 
 import surefoot as sf
-from surefoot.guard.detect import MOST_GROWTH, NOT_FINITE, STATISTICS_SPIKE
+from surefoot.guard.detect import FINE, MOST_GROWTH, NOT_FINITE, STATISTICS_SPIKE
 from surefoot.guard.history import History, Intervention
 from surefoot.guard.judge import Judge
 from surefoot.guard.watch import Watch
@@ -389,7 +389,9 @@ def test_statistics_that_would_be_infinite_are_refused_in_any_step(tmp_path, at,
     view = sf.open_run(done.run_dir)
     assert view.identity["environment"]["compiled"] == ("step" if operations is COMPILED else "")
     assert view.summary()["quarantined"] == [at * 32 + 7]
-    assert view.log()["verdict"][at] == STATISTICS_SPIKE
+    assert view.log()["verdict"][at] == (
+        STATISTICS_SPIKE if at else FINE
+    )  # before the first it is left out
     assert np.isfinite(view.log()["loss"]).all()
 
 
@@ -411,7 +413,11 @@ def grown(buffers, model, batch, *, permitted=True):
     kept, live = (list(map(at, buffers.statistics)) for at in (buffers._kept.__getitem__, buffers._live))
     on_device = growth(kept, live, buffers.settings()).item()
     buffers.settle(torch.tensor(permitted), on_host=True)
-    assert found == pytest.approx(on_device, rel=1e-4, abs=1e-6, nan_ok=True)
+    rel = 1e-4
+    for (_, keeps, begun), variance, num in zip(buffers._settings, kept[1::3], kept[2::3], strict=True):
+        left = begun * keeps ** num.item()  # taken off in single precision on a device
+        rel += 4e-7 * left / max(1e-5, variance.double().mean().item() - left)
+    assert found == pytest.approx(on_device, rel=rel, abs=1e-6, nan_ok=True)
     return found
 
 

@@ -8,17 +8,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from surefoot.data.holes import leave_out
-from surefoot.guard.detect import STATISTICS_SPIKE
+from surefoot.guard.detect import MOST_GROWTH, STATISTICS_SPIKE
 from surefoot.optim.statistics import worst
-from surefoot.train_step import Parts, Probe, losses_of, probe
-from surefoot.types import HOLE, Minibatch, leaves
+from surefoot.train_step import Parts, Probe, losses_of, probe, variances_of
+from surefoot.types import HOLE, Minibatch, leaves, take_rows
 
 _MOST = 8
 """To blame in one step; with more it is the step itself that is wrong."""
 _OUTLIER = 10.0
+_UNLIKE = (MOST_GROWTH - 0.9) / 0.1
+_LEAST_GROUP = 4
 _ENOUGH = 16
 """Samples: of fewer one that is common often seems to stand out."""
 
@@ -91,6 +94,56 @@ def _breaking(
                 return ()
     found = tuple(sorted(i for group in groups for i in group))
     return found if found and _without(parts, batch, found) else ()
+
+
+def unlike_others(parts: Parts, batch: Minibatch) -> Blame:
+    """Samples of a batch before which nothing is known, each of which would make a batch norm's statistics
+    of the others so many times as large as no later step may (`MOST_GROWTH`, at torch's default of what is
+    kept of them). `growth`, `layer`: of the statistics of the whole batch, by all of them.
+
+    Groups of the batch are compared with the usual one of them, then the samples of those that stand out.
+    In each of these passes such a group fills the batch, since a model may take no other size.
+    """
+    rows = np.flatnonzero(batch.slots.ids != HOLE)
+    if not parts.buffers.statistics or len(rows) < 2 * _LEAST_GROUP:
+        return Blame(())
+
+    def seen(those: NDArray[np.intp]) -> NDArray[np.float64]:
+        filled = np.resize(those, batch.num_rows)
+        data = take_rows(batch.data, filled, batch.num_rows)
+        return np.nan_to_num(variances_of(parts, batch._replace(data=data, weights=None)), nan=np.inf)
+
+    def factors(found: NDArray[np.float64], usual: NDArray[np.float64]) -> NDArray[np.float64]:
+        counts = (usual > 0) & np.isfinite(usual)
+        return np.divide(found, usual, out=np.ones_like(found), where=counts)
+
+    groups = np.array_split(rows, min(_MOST, len(rows) // _LEAST_GROUP))
+    of_groups = [seen(group) for group in groups]
+    middle = (len(groups) - 1) // 2
+    usual = np.sort(of_groups, axis=0)[middle]
+    order = np.argsort([factors(found, usual).max() for found in of_groups], kind="stable")
+    others, usual = groups[order[middle]], of_groups[order[middle]]
+    suspects = [
+        group
+        for group, found in zip(groups, of_groups, strict=True)
+        if (factors(found, usual) > _UNLIKE).any()
+    ]
+    while any(len(group) > 1 for group in suspects):
+        halves = [half for group in suspects for half in np.array_split(group, 2) if len(half)]
+        suspects = [h for h in halves if (factors(seen(np.append(others, h)), usual) > _UNLIKE).any()]
+        if len(suspects) > _MOST:
+            return Blame(())
+    few, before = [int(group[0]) for group in suspects], -1
+    while few and len(few) != before:
+        before, left = len(few), np.setdiff1d(rows, few)
+        usual = seen(left)
+        few = [row for row in few if (factors(seen(np.append(left, row)), usual) > _UNLIKE).any()]
+    if not few:
+        return Blame(())
+    grown = factors(seen(rows), usual)
+    place = int(np.argmax(grown))
+    ids = tuple(sorted(int(i) for i in batch.slots.ids[few]))
+    return Blame(ids, growth=float(grown[place]), layer=parts.buffers.layer(place))
 
 
 def _outweighing(parts: Parts, batch: Minibatch, losses: Tensor) -> tuple[int, ...]:

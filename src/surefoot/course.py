@@ -144,6 +144,8 @@ def update(course: Course, batch: Minibatch) -> tuple[Minibatch, float, Attempt]
     """One update: the batch without what is in quarantine, the schedule's multiplier, what came of it."""
     state, attempt = course.state, None
     batch, (multiplier,) = without_quarantined(course, batch), multipliers(course, 1)
+    if state.step == state.num_refused and course.blames and course.parts.guard.heals:
+        batch = _without_unlike(course, batch)
     if course.graph is not None and state.eager_from is None:
         try:
             with phase("compiled step"):
@@ -161,6 +163,20 @@ def update(course: Course, batch: Minibatch) -> tuple[Minibatch, float, Attempt]
     state.step += 1
     state.samples += batch.slots.num_samples
     return batch, multiplier, attempt
+
+
+def _without_unlike(course: Course, batch: Minibatch) -> Minibatch:
+    """A batch before which no update was applied, without what is far from what else is in it."""
+    blamed = course.healer.quarantine_at_once(batch)
+    if not blamed.ids:
+        return batch
+    step, number = batch.slots.step, course.parts.guard.history.num_decided
+    why = (
+        f"first batch: the running statistics of batch norm {blamed.layer!r} would have begun "
+        f"{blamed.growth:.3g} times as large as without them"
+    )
+    course.told.event("quarantined", step=step, ids=list(blamed.ids), reason=why, interventions=number)
+    return without_quarantined(course, batch)
 
 
 def without_quarantined(course: Course, batch: Minibatch) -> Minibatch:

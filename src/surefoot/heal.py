@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from surefoot.blame import Blame, outliers, to_blame
+from surefoot.blame import Blame, outliers, to_blame, unlike_others
 from surefoot.checkpoint.snapshot import Snapshot
 from surefoot.checkpoint.store import DirectoryStore
 from surefoot.data.feed import Feed
@@ -427,6 +427,15 @@ class Healer:
         until: int = begins + _BEAR * 2 ** min(guard.history.count("grow"), 8)
         guard.history = guard.history.with_(Intervention("grow", begins, step, float(until)))
         return until
+
+    def quarantine_at_once(self, batch: Minibatch) -> Blame:
+        """Leaves out samples of a batch before which nothing is known, from its own step on; which."""
+        guard, step = self.parts.guard, batch.slots.step
+        blamed = unlike_others(self.parts, batch)
+        if not blamed.ids or not self._may_quarantine(blamed.ids):
+            return Blame(())
+        guard.history = guard.history.with_(Intervention("quarantine", step, step, 0.0, blamed.ids))
+        return blamed
 
     def quarantine(self, slots: Slots, blamed: Blame, *, lag: int) -> Stop | bool:
         """Leaves samples out from the next step on that does not have its batch yet; whether it does. If

@@ -212,13 +212,29 @@ def gradient_norms(parts: Parts, batch: Minibatch) -> list[float]:
 def losses_of(parts: Parts, batch: Minibatch) -> Tensor:
     """The loss of each sample, float64[B], in a step with this batch; nothing is changed."""
     parts.buffers.remember()
+    losses = _only_forward(parts, batch)
+    parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
+    return losses
+
+
+def variances_of(parts: Parts, batch: Minibatch) -> list[float]:
+    """What each batch norm sees of this batch alone, see `Buffers.variances`; nothing is changed."""
+    parts.buffers.remember()
+    parts.buffers.forget_statistics()
+    _only_forward(parts, batch)
+    found = parts.buffers.variances()
+    parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
+    return found
+
+
+def _only_forward(parts: Parts, batch: Minibatch) -> Tensor:
+    """The loss of each sample, float64[B]."""
     found = []
     for piece in pieces_of(parts, batch):
         if piece.begins_micro:
             seed_generators(word(word(parts.draws, batch.slots.step), piece.micro), parts.device)
         with parts.precision.forward(), parts.precision.attention():
             found.append(losses_and_weights(parts, piece.data, piece.num_rows)[0].detach().double())
-    parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
     return torch.cat(found)
 
 

@@ -51,7 +51,7 @@ class Buffers:
             if None not in those and all(b.dim() <= 1 for b in m.buffers(recurse=False))
         ]
         self.statistics = [name for m in tracking for name in kept[m] if name is not None]
-        self._settings = [settings_of(m) for m in tracking]
+        self._norms, self._settings = tracking, [settings_of(m) for m in tracking]
         self._held: Tensor | None = None
 
     def _live(self, name: str) -> Tensor:
@@ -91,6 +91,21 @@ class Buffers:
         """Of each batch norm; waits for a device."""
         kept = [self._kept[name] for name in self.statistics]
         return growths_on_host(kept, self.live(self.statistics), self._settings)
+
+    def forget_statistics(self) -> None:
+        """Begins running statistics anew, until `settle`: those that the next forward pass changes."""
+        for i, norm in enumerate(self._norms):
+            if norm.training:
+                for live in self.live(self.statistics[3 * i : 3 * i + 3]):
+                    live.detach().zero_()
+
+    def variances(self) -> list[float]:
+        """Running variance of each batch norm, added up over its channels; 0 for less than counts."""
+        added = [live.double().sum().item() for live in self.live(self.statistics[1::3])]
+        return [
+            0.0 if value <= (1.0 - keeps) * least else value
+            for value, (least, keeps, _) in zip(added, self._settings, strict=True)
+        ]
 
     def layer(self, place: int) -> str:
         """The name of one of those."""

@@ -88,12 +88,14 @@ def _what_to_do(event: Event) -> str:
 
 
 def _quarantined(event: Event) -> Incident:
-    ids = event["ids"]
+    ids, cause = event["ids"], event["reason"]
+    if not cause.startswith("first batch"):
+        cause = f"an update was refused ({cause}), and would not have been without them"
     return _incident(
         event,
         f"{len(ids)} {'sample was' if len(ids) == 1 else 'samples were'} left out from here on",
         "left-out-samples",
-        cause=f"an update was refused ({event['reason']}), and would not have been without them",
+        cause=cause,
         evidence="samples " + ", ".join(map(str, ids)),
         action="their places in later batches are holes of weight zero",
         advice="Look at these samples; mend or remove them before the next run.",

@@ -426,7 +426,7 @@ def grown(buffers, model, batch, *, permitted=True):
 def test_neither_units_nor_momentum_matter(name, scale, offset):
     torch.manual_seed(0)
     model = OTHERS[name]()
-    buffers = Buffers(model)
+    buffers = Buffers(model, rows=64)
 
     def batch():
         return torch.randn(64, 8) * scale + offset
@@ -446,7 +446,7 @@ def test_a_batch_that_is_shifted_as_a_whole():
     """Its variance is as ever."""
     torch.manual_seed(0)
     model = nn.BatchNorm1d(8)
-    buffers = Buffers(model)
+    buffers = Buffers(model, rows=64)
     for _ in range(50):
         grown(buffers, model, torch.randn(64, 8))
     assert grown(buffers, model, torch.randn(64, 8) + 1e3) > 1000.0
@@ -457,7 +457,7 @@ def test_of_several_layers_the_one_that_grows_most():
     forgets, counts_none = nn.BatchNorm1d(8, track_running_stats=False), nn.BatchNorm1d(8)
     counts_none.num_batches_tracked = None
     model = nn.ModuleList([nn.BatchNorm1d(8), nn.BatchNorm1d(8), forgets, counts_none])
-    buffers = Buffers(model)
+    buffers = Buffers(model, rows=64)
     assert len(buffers.statistics) == 2 * 3
     for wild in (-1, 0, 1, 2, 3):
         buffers.remember()
@@ -470,9 +470,9 @@ def test_of_several_layers_the_one_that_grows_most():
 
 
 def test_there_is_nothing_to_measure_without_running_statistics():
-    assert Buffers(nn.Linear(2, 2)).growth(on_host=True) is None
+    assert Buffers(nn.Linear(2, 2), rows=64).growth(on_host=True) is None
     frozen = nn.BatchNorm1d(8).eval()
-    assert grown(Buffers(frozen), frozen, torch.randn(64, 8) * 1e6) <= 1.0
+    assert grown(Buffers(frozen, rows=64), frozen, torch.randn(64, 8) * 1e6) <= 1.0
 
 
 anything = st.one_of(st.floats(0, 20), st.sampled_from([MOST_GROWTH, math.inf, math.nan, 1e30]))

@@ -101,8 +101,9 @@ def unlike_others(parts: Parts, batch: Minibatch) -> Blame:
     of the others so many times as large as no later step may (`MOST_GROWTH`, at torch's default of what is
     kept of them). `growth`, `layer`: of the statistics of the whole batch, by all of them.
 
-    Groups of the batch are compared with the usual one of them, then the samples of those that stand out.
-    In each of these passes such a group fills the batch, since a model may take no other size.
+    Groups of the batch are compared with one that sees little, and parts of those that stand out with that
+    one, too; then what is left is each of the others' measure. Whatever a pass is made with fills the
+    batch, since a model may take no other size.
     """
     rows = np.flatnonzero(batch.slots.ids != HOLE)
     if not parts.buffers.statistics or len(rows) < 2 * _LEAST_GROUP:
@@ -119,10 +120,10 @@ def unlike_others(parts: Parts, batch: Minibatch) -> Blame:
 
     groups = np.array_split(rows, min(_MOST, len(rows) // _LEAST_GROUP))
     of_groups = [seen(group) for group in groups]
-    middle = (len(groups) - 1) // 2
-    usual = np.sort(of_groups, axis=0)[middle]
+    second = 1 if len(groups) > 2 else 0  # the first may be of little by chance
+    usual = np.sort(of_groups, axis=0)[second]
     order = np.argsort([factors(found, usual).max() for found in of_groups], kind="stable")
-    others, usual = groups[order[middle]], of_groups[order[middle]]
+    others, usual = groups[order[second]], of_groups[order[second]]
     suspects = [
         group
         for group, found in zip(groups, of_groups, strict=True)

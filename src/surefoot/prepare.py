@@ -278,7 +278,7 @@ def _assemble(
         objective=recipe.objective,
         weigh=recipe.objective.weigh if isinstance(recipe.objective, Weighing) else None,
         params=params,
-        buffers=Buffers(model),
+        buffers=Buffers(model, rows=micro),
         transforms=recipe.gradient,
         guard=guard,
         updater=Updater(optimizer, params, measure_every=1 if small else _MEASURED_SELDOM),

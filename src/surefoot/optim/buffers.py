@@ -18,9 +18,12 @@ class Buffers:
     others, what the first forward pass changes does, by value, and what changes later is noticed by its
     version, or by being another tensor, until when its first copy is good. So constant tables cost memory
     once and no time.
+
+    Args:
+        rows: of a logical micro-batch, of which batch norms make statistics.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, rows: int) -> None:
         self._model = model
         self._owners: dict[str, tuple[dict[str, Tensor | None], str]] = {}
         self._unsaved: set[str] = set()
@@ -51,7 +54,7 @@ class Buffers:
             if None not in those and all(b.dim() <= 1 for b in m.buffers(recurse=False))
         ]
         self.statistics = [name for m in tracking for name in kept[m] if name is not None]
-        self._norms, self._settings = tracking, [settings_of(m) for m in tracking]
+        self._norms, self._settings = tracking, [settings_of(m, rows) for m in tracking]
         self._held: Tensor | None = None
 
     def _live(self, name: str) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from surefoot.optim.gradients import norms_of
 
 _WIDE = torch.float32, torch.float64
+_ENOUGH_ROWS = 16
 _NOTHING = 1e-9
 """What is left of a variance of one is then lost in the digits of others."""
 
@@ -96,15 +97,16 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in _WIDE else tensor.float()
 
 
-def settings_of(norm: _BatchNorm) -> tuple[float, float, float]:
+def settings_of(norm: _BatchNorm, rows: int) -> tuple[float, float, float]:
     """What is added to its variance, so that none is nothing: its eps, times the channels; what is kept
     of its statistics with each batch; and the variance that each channel was made with, in which no batch
-    has a part. That is 0 where it is not known: it comes with statistics, or they are kept in half precision.
+    has a part. That is 0 where it is not known, since the layer comes with statistics or keeps them in half
+    precision; and with few rows in a batch, of which the first are no measure for the next.
     """
     variance, num_batches = norm.running_var, norm.num_batches_tracked
     assert variance is not None
     assert num_batches is not None
     keeps = 0.0 if norm.momentum is None else 1.0 - norm.momentum
     begun, alike = variance[0].item(), bool((variance == variance[0]).all())
-    known = alike and not num_batches.item() and variance.dtype in _WIDE
+    known = alike and not num_batches.item() and variance.dtype in _WIDE and rows >= _ENOUGH_ROWS
     return max(norm.eps * norm.num_features, 1e-30), keeps, begun if known else 0.0

@@ -3,6 +3,7 @@ kernels do that add in no fixed order. That a replay differs is no fault of the 
 """
 
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -13,7 +14,12 @@ from test_heal import continued_after_a_kill, events, jump
 from torch import nn
 
 import surefoot as sf
+from surefoot.api import result, run_steps
+from surefoot.build import build
 from surefoot.measure.readings import Readings
+from surefoot.record.folder import RunFolder
+
+EAGER = sf.Operations(compute={"compile": "off"}, progress="off")
 
 
 class Unrepeatable(nn.Module):
@@ -60,3 +66,73 @@ def test_a_run_that_is_continued_tells_of_it_and_goes_on(tmp_path):
     assert told["detector"] == "D7"
     assert events(tmp_path / "killed", "rolled_back") == []
     assert done.status == "finished"
+
+
+class NoSuchKernel(torch.autograd.Function):
+    """An operation that torch refuses where only kernels that repeat will do, in its backward pass."""
+
+    @staticmethod
+    def forward(_, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(_, grad):
+        return grad.clone().put_(torch.tensor([0]), grad.flatten()[:1])
+
+
+class Normed(nn.Module):
+    def __init__(self, *, refused):
+        super().__init__()
+        self.net, self.refused = (
+            nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)),
+            refused,
+        )
+
+    def forward(self, x):
+        x = self.net(x)
+        return NoSuchKernel.apply(x) if self.refused else x
+
+
+def taken_strictly(tmp_path, **changes):
+    """A run that asks for kernels that repeat, as on a GPU; whether it still does at the end."""
+    built = build(recipe(until=30, batch=sf.Batch(32, micro=8), **changes), RunFolder(tmp_path), EAGER)
+    built.run.parts.kernels.strict = True
+    before = torch.get_deterministic_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*deterministic")
+        for _ in run_steps(built):
+            pass
+    assert torch.get_deterministic_debug_mode() == before
+    return result(built), built.run.parts.kernels.strict
+
+
+def test_an_operation_without_a_kernel_that_repeats_is_taken_by_any(tmp_path):
+    done, strict = taken_strictly(tmp_path / "refused", model=lambda: Normed(refused=True))
+    as_ever = sf.fit(
+        recipe(until=30, batch=sf.Batch(32, micro=8), model=lambda: Normed(refused=False)),
+        out=tmp_path / "whole", operations=EAGER,
+    )  # fmt: skip
+    assert not strict
+    assert (done.step, done.digest, done.ledger) == (30, as_ever.digest, as_ever.ledger)
+
+
+def test_kernels_that_repeat_are_asked_for_in_each_step(tmp_path):
+    asked = []
+
+    class Asks(nn.Linear):
+        def forward(self, x):
+            asked.append(torch.get_deterministic_debug_mode())
+            return super().forward(x)
+
+    _, strict = taken_strictly(tmp_path, model=lambda: Asks(8, 3))
+    assert strict
+    assert set(asked) == {2}
+
+
+def test_other_errors_are_the_models(tmp_path):
+    class Fails(nn.Linear):
+        def forward(self, x):
+            raise RuntimeError("shapes")
+
+    with pytest.raises(sf.RecipeError, match="RuntimeError: shapes"):
+        taken_strictly(tmp_path, model=lambda: Fails(8, 3))

@@ -43,6 +43,10 @@ step is a CUDA graph.
 
 ENOUGH_UPDATES = 50_000
 _MOST_FLOPS = 20e6
+ENOUGH_TO_CAPTURE = 1_000
+_MOST_FLOPS_CAPTURED = 10e9  # about a millisecond's: above that the GPU is busy anyway
+_MOST_WEIGHTS_CAPTURED = 50e6
+"""A graph has memory of its own for gradients, beside that of eager steps."""
 _ENOUGH_BATCHES = 6
 """For torch to have compiled all that the first of them need, if they are alike."""
 
@@ -91,7 +95,7 @@ def choose(q: Question) -> Choice:
     if q.asked == "auto" and q.kept == "forward":
         return _forward(q, "as the run began")
     if q.asked == "auto" and q.kept is None:
-        against = _against(q)
+        against = _against(q, ENOUGH_UPDATES, _MOST_FLOPS)
         if against:
             return Choice("", f"not compiled: {against}")
     begun = time.perf_counter()
@@ -116,17 +120,25 @@ def choose(q: Question) -> Choice:
 
 
 def _on_gpu(q: Question) -> Choice:
-    """A step that is captured, if that is asked for and possible; else a compiled forward pass."""
-    if q.asked == "auto" and q.kept in (None, ""):
-        return Choice("", "not captured: --compile on captures the step as a CUDA graph")
+    """A step that is captured, by the rule or if that is asked for; else, if asked for, a compiled forward
+    pass.
+    """
+    if q.asked == "auto" and q.kept == "":
+        return Choice("", "")
     if q.asked == "auto" and q.kept == "forward":
         return _forward(q, "as the run began")
+    if q.asked == "auto" and q.kept is None:
+        many = sum(p.numel() for p in q.trial.parts.params) > _MOST_WEIGHTS_CAPTURED
+        against = "a graph needs memory for gradients of its own" if many else ""
+        against = against or _against(q, ENOUGH_TO_CAPTURE, _MOST_FLOPS_CAPTURED)
+        if against:
+            return Choice("", f"not captured: {against}")
     begun = time.perf_counter()
     graph, why_not = captured_step(q.trial)
     if graph is not None:
         took = f"{time.perf_counter() - begun:.1f} s"
         return Choice("captured", f"captured: the step is one CUDA graph, made in {took}", graph)
-    if q.kept == "captured":
+    if q.asked == "auto":
         return Choice("", f"not captured: {why_not}")
     return _forward(q, f"not captured: {why_not}")
 
@@ -181,10 +193,10 @@ def _num_compiled() -> int:
     return int(sys.modules["torch._dynamo"].utils.counters["stats"]["unique_graphs"])
 
 
-def _against(q: Question) -> str:
-    """What speaks against compiling by the rule, or nothing."""
-    if q.trial.total < ENOUGH_UPDATES:
-        return f"under {ENOUGH_UPDATES:,} updates it does not pay"
+def _against(q: Question, enough: int, most_flops: float) -> str:
+    """What speaks against it by the rule, or nothing. most_flops: of the first batch's forward pass."""
+    if q.trial.total < enough:
+        return f"under {enough:,} updates it does not pay"
     counter = _Flops()
     try:
         with counter:
@@ -192,10 +204,11 @@ def _against(q: Question) -> str:
     except SurefootError:
         raise
     except Exception as error:  # if it is the model's, the first step will tell
-        q.trial.parts.buffers.settle(torch.tensor(False), on_host=True)
+        undone = torch.tensor(False, device=q.trial.parts.device)
+        q.trial.parts.buffers.settle(undone, on_host=undone.is_cpu)
         forget_failed_traces()
         return f"its operations cannot be counted: {first_line(error)}"
-    return "the model's own arithmetic dominates" if counter.total > _MOST_FLOPS else ""
+    return "the model's own arithmetic dominates" if counter.total > most_flops else ""
 
 
 class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -44,7 +44,7 @@ from surefoot.optim.precision import Precision
 from surefoot.optim.schedules import Plateau, Resolved, resolve
 from surefoot.optim.specs import build_optimizer
 from surefoot.optim.update import Updater
-from surefoot.parallel.device import choose_device
+from surefoot.parallel.device import Kernels, choose_device
 from surefoot.parallel.single import Single
 from surefoot.protocols import Weighing
 from surefoot.recipe import Recipe, Validation
@@ -289,6 +289,7 @@ def _assemble(
         draws=key(recipe.seed, "forward"),
         micro=micro,
         physical=physical_rows(operations.compute.micro_batch, micro, model),
+        kernels=Kernels(device, deterministic=operations.compute.deterministic),
     )
     state = RunState(
         model=model,

@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,8 +29,11 @@ from surefoot.optim.gradients import global_norm, norms_of
 from surefoot.optim.precision import Precision
 from surefoot.optim.statistics import Grown, worst
 from surefoot.optim.update import Updater
+from surefoot.parallel.device import Kernels
 from surefoot.protocols import GradientTransform, Objective, Strategy
 from surefoot.types import Minibatch, Tree, take_rows
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Parts:
     draws: int
     micro: int
     physical: int
+    kernels: Kernels
 
 
 class Attempt(NamedTuple):
@@ -155,9 +159,15 @@ def _gradients(
     parts: Parts, batch: Minibatch, each: list[Tensor] | None = None, inside: Inside | None = None
 ) -> tuple[Tensor, list[nn.Parameter], list[Tensor], int]:
     """The loss of the batch, the parameters that get a gradient, these, and the number of passes."""
-    for param in parts.params:
-        param.grad = None
-    loss, num_micro = accumulate(parts, batch, each, inside)
+
+    def passes() -> tuple[Tensor, int]:
+        if each is not None:
+            each.clear()
+        for param in parts.params:
+            param.grad = None
+        return accumulate(parts, batch, each, inside)
+
+    loss, num_micro = _repeatable(parts, passes)
     pairs = [(param, grad) for param in parts.params if (grad := param.grad) is not None]
     trained, grads = [param for param, _ in pairs], [grad for _, grad in pairs]
     if not grads:
@@ -174,6 +184,22 @@ def _gradients(
     if parts.precision.scale is not None:
         parts.precision.scale.unscale(grads)
     return loss, trained, grads, num_micro
+
+
+def _repeatable(parts: Parts, passes: Callable[[], _T]) -> _T:
+    """What passes return, by kernels that repeat; where an operation has none, taken again by any."""
+    kernels = parts.kernels
+    if not kernels.strict:
+        return passes()
+    try:
+        with kernels:
+            return passes()
+    except RuntimeError as error:
+        if not kernels.refused(error):
+            raise
+    parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
+    parts.buffers.remember()
+    return passes()
 
 
 class Probe(NamedTuple):
@@ -212,17 +238,21 @@ def gradient_norms(parts: Parts, batch: Minibatch) -> list[float]:
 def losses_of(parts: Parts, batch: Minibatch) -> Tensor:
     """The loss of each sample, float64[B], in a step with this batch; nothing is changed."""
     parts.buffers.remember()
-    losses = _only_forward(parts, batch)
+    losses = _repeatable(parts, lambda: _only_forward(parts, batch))
     parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
     return losses
 
 
 def variances_of(parts: Parts, batch: Minibatch) -> list[float]:
     """What each batch norm sees of this batch alone, see `Buffers.variances`; nothing is changed."""
+
+    def passes() -> list[float]:
+        parts.buffers.forget_statistics()
+        _only_forward(parts, batch)
+        return parts.buffers.variances()
+
     parts.buffers.remember()
-    parts.buffers.forget_statistics()
-    _only_forward(parts, batch)
-    found = parts.buffers.variances()
+    found = _repeatable(parts, passes)
     parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
     return found
 

@@ -46,6 +46,33 @@ def choose_device(name: str, *, threads: int | None, deterministic: bool) -> tor
     return device
 
 
+class Kernels:
+    """Within it, on a GPU, forward and backward passes take kernels that repeat bit for bit, if there are
+    any; the backward pass of attention has some, which torch takes only if it may refuse operations that
+    have none. strict: it may; until it has refused one.
+    """
+
+    def __init__(self, device: torch.device, *, deterministic: bool) -> None:
+        self.strict = deterministic and device.type == "cuda"
+        self._before = 0
+
+    def __enter__(self) -> None:
+        self._before = torch.get_deterministic_debug_mode()
+        torch.set_deterministic_debug_mode("error")
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_deterministic_debug_mode(self._before)
+
+    def refused(self, error: RuntimeError) -> bool:
+        """Whether an operation has no such kernel. From then on any will do, and torch warns."""
+        found = any(words in str(error) for words in _REFUSALS)
+        self.strict = self.strict and not found
+        return found
+
+
+_REFUSALS = "use_deterministic_algorithms", "No available kernel"  # the latter of attention
+
+
 def _keep_freed_memory() -> None:
     """Lets glibc keep up to 1 GiB of freed memory instead of returning it to the system after each step,
     to be faulted in again page by page: a quarter of the time of a small convolutional network

@@ -116,7 +116,8 @@ def unlike_others(parts: Parts, batch: Minibatch) -> Blame:
 
     def factors(found: NDArray[np.float64], usual: NDArray[np.float64]) -> NDArray[np.float64]:
         counts = (usual > 0) & np.isfinite(usual)
-        return np.divide(found, usual, out=np.ones_like(found), where=counts)
+        with np.errstate(over="ignore"):
+            return np.divide(found, usual, out=np.ones_like(found), where=counts)
 
     groups = np.array_split(rows, min(_MOST, len(rows) // _LEAST_GROUP))
     of_groups = [seen(group) for group in groups]

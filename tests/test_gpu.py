@@ -331,10 +331,8 @@ def test_steps_are_captured_by_a_rule(tmp_path, monkeypatch):
 
     assert note(999) == "not captured: under 1,000 updates it does not pay"
     assert note(1000).startswith("captured: the step is one CUDA graph")
-    monkeypatch.setattr("surefoot.choice._MOST_FLOPS_CAPTURED", 1e4)
-    assert note(1001) == "not captured: the model's own arithmetic dominates"
-    monkeypatch.setattr("surefoot.choice._MOST_WEIGHTS_CAPTURED", 100)
-    assert note(1002) == "not captured: a graph needs memory for gradients of its own"
+    monkeypatch.setattr("surefoot.choice.MOST_MEMORY", 0.0)
+    assert note(1001) == "not captured: a step takes more than 0% of the GPU's memory"
 
 
 def test_steps_are_captured_if_asked_for_and_then_go_on_so(tmp_path):

@@ -1,6 +1,7 @@
 """Measuring how to compute: all is tried, what is best is written, and nothing is learned otherwise."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import ROOT, blobs, flat, recipe, surefoot
 from torch import nn
 
 import surefoot as sf
+from surefoot.choice import Question, choose
 from surefoot.errors import OperationsError
 from surefoot.operations import Operations
 from surefoot.tune.compute import tune_compute, write_settings
@@ -115,3 +117,34 @@ def test_layout_changes_nothing_but_rounding_and_is_kept_to_the_bit(tmp_path):
     assert (parts.digest, parts.ledger) == (whole.digest, whole.ledger)
     assert sf.replay_step(images(), tmp_path / "whole", step=9).differences == []
     assert math.isfinite(F.mse_loss(flat(parts.model), flat(plain.model)).item())
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept", "total", "allocated", "found"),
+    [
+        ("auto", None, 999, 0.0, ("", "not captured: under 1,000 updates it does not pay")),
+        ("auto", None, 1000, 0.39, ("captured", "captured: the step is one CUDA graph")),
+        ("auto", None, 1000, 0.41, ("", "not captured: a step takes more than 40% of the GPU's memory")),
+        ("auto", "captured", 10, 0.9, ("captured", "captured: the step is one CUDA graph")),
+        ("on", None, 10, 0.9, ("captured", "captured: the step is one CUDA graph")),
+        ("auto", "", 1000, 0.0, ("", "")),
+        ("off", None, 1000, 0.0, ("", "")),
+    ],
+)
+def test_the_rule_by_which_steps_are_captured(monkeypatch, asked, kept, total, allocated, found):
+    trial = SimpleNamespace(parts=SimpleNamespace(device=torch.device("cuda", 0)), total=total)
+    gpu = SimpleNamespace(total_memory=1000)
+    monkeypatch.setattr("surefoot.choice.captured_step", lambda trial: ("graph", ""))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000 * allocated)
+    choice = choose(Question(asked, kept, trial))
+    assert choice.compiled == found[0]
+    assert choice.reason.startswith(found[1])
+    assert (choice.graph is not None) == bool(found[0])
+
+
+def test_what_cannot_be_captured_is_eager_by_the_rule(monkeypatch):
+    trial = SimpleNamespace(parts=SimpleNamespace(device=torch.device("cuda", 0)), total=10_000)
+    monkeypatch.setattr("surefoot.choice.captured_step", lambda trial: (None, "it waits"))
+    choice = choose(Question("auto", None, trial))
+    assert (choice.compiled, choice.reason, choice.graph) == ("", "not captured: it waits", None)

@@ -44,9 +44,10 @@ step is a CUDA graph.
 ENOUGH_UPDATES = 50_000
 _MOST_FLOPS = 20e6
 ENOUGH_TO_CAPTURE = 1_000
-_MOST_FLOPS_CAPTURED = 10e9  # about a millisecond's: above that the GPU is busy anyway
-_MOST_WEIGHTS_CAPTURED = 50e6
-"""A graph has memory of its own for gradients, beside that of eager steps."""
+MOST_MEMORY = 0.4
+"""Of a GPU's, that an eager step may take where it is captured by the rule: a graph has memory of its own for
+all that is between its kernels, beside that of the eager steps that come now and then.
+"""
 _ENOUGH_BATCHES = 6
 """For torch to have compiled all that the first of them need, if they are alike."""
 
@@ -95,7 +96,7 @@ def choose(q: Question) -> Choice:
     if q.asked == "auto" and q.kept == "forward":
         return _forward(q, "as the run began")
     if q.asked == "auto" and q.kept is None:
-        against = _against(q, ENOUGH_UPDATES, _MOST_FLOPS)
+        against = _against(q)
         if against:
             return Choice("", f"not compiled: {against}")
     begun = time.perf_counter()
@@ -127,14 +128,16 @@ def _on_gpu(q: Question) -> Choice:
         return Choice("", "")
     if q.asked == "auto" and q.kept == "forward":
         return _forward(q, "as the run began")
-    if q.asked == "auto" and q.kept is None:
-        many = sum(p.numel() for p in q.trial.parts.params) > _MOST_WEIGHTS_CAPTURED
-        against = "a graph needs memory for gradients of its own" if many else ""
-        against = against or _against(q, ENOUGH_TO_CAPTURE, _MOST_FLOPS_CAPTURED)
-        if against:
-            return Choice("", f"not captured: {against}")
+    by_rule = q.asked == "auto" and q.kept is None
+    if by_rule and q.trial.total < ENOUGH_TO_CAPTURE:
+        return Choice("", f"not captured: under {ENOUGH_TO_CAPTURE:,} updates it does not pay")
     begun = time.perf_counter()
     graph, why_not = captured_step(q.trial)
+    if graph is not None and by_rule:
+        device = q.trial.parts.device
+        all_of_it: int = torch.cuda.get_device_properties(device).total_memory
+        if torch.cuda.max_memory_allocated(device) > MOST_MEMORY * all_of_it:
+            graph, why_not = None, f"a step takes more than {MOST_MEMORY:.0%} of the GPU's memory"
     if graph is not None:
         took = f"{time.perf_counter() - begun:.1f} s"
         return Choice("captured", f"captured: the step is one CUDA graph, made in {took}", graph)
@@ -193,10 +196,10 @@ def _num_compiled() -> int:
     return int(sys.modules["torch._dynamo"].utils.counters["stats"]["unique_graphs"])
 
 
-def _against(q: Question, enough: int, most_flops: float) -> str:
-    """What speaks against it by the rule, or nothing. most_flops: of the first batch's forward pass."""
-    if q.trial.total < enough:
-        return f"under {enough:,} updates it does not pay"
+def _against(q: Question) -> str:
+    """What speaks against compiling by the rule, or nothing."""
+    if q.trial.total < ENOUGH_UPDATES:
+        return f"under {ENOUGH_UPDATES:,} updates it does not pay"
     counter = _Flops()
     try:
         with counter:
@@ -204,11 +207,10 @@ def _against(q: Question, enough: int, most_flops: float) -> str:
     except SurefootError:
         raise
     except Exception as error:  # if it is the model's, the first step will tell
-        undone = torch.tensor(False, device=q.trial.parts.device)
-        q.trial.parts.buffers.settle(undone, on_host=undone.is_cpu)
+        q.trial.parts.buffers.settle(torch.tensor(False), on_host=True)
         forget_failed_traces()
         return f"its operations cannot be counted: {first_line(error)}"
-    return "the model's own arithmetic dominates" if counter.total > most_flops else ""
+    return "the model's own arithmetic dominates" if counter.total > _MOST_FLOPS else ""
 
 
 class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -45,8 +45,8 @@ ENOUGH_UPDATES = 50_000
 _MOST_FLOPS = 20e6
 ENOUGH_TO_CAPTURE = 1_000
 MOST_MEMORY = 0.4
-"""Of a GPU's, that an eager step may take where it is captured by the rule: a graph has memory of its own for
-all that is between its kernels, beside that of the eager steps that come now and then.
+"""Of a GPU's, that an eager step may take where steps are captured by the rule: a graph has memory of its
+own for all that is between its kernels, beside that of the eager steps that come now and then.
 """
 _ENOUGH_BATCHES = 6
 """For torch to have compiled all that the first of them need, if they are alike."""

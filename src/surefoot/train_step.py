@@ -167,7 +167,7 @@ def _gradients(
             param.grad = None
         return accumulate(parts, batch, each, inside)
 
-    loss, num_micro = _repeatable(parts, passes)
+    loss, num_micro = _repeatable(parts, passes, captured=inside is not None)
     pairs = [(param, grad) for param in parts.params if (grad := param.grad) is not None]
     trained, grads = [param for param, _ in pairs], [grad for _, grad in pairs]
     if not grads:
@@ -186,8 +186,10 @@ def _gradients(
     return loss, trained, grads, num_micro
 
 
-def _repeatable(parts: Parts, passes: Callable[[], _T]) -> _T:
-    """What passes return, by kernels that repeat; where an operation has none, taken again by any."""
+def _repeatable(parts: Parts, passes: Callable[[], _T], *, captured: bool = False) -> _T:
+    """What passes return, by kernels that repeat; where an operation has none, taken again by any, but for
+    passes that are being captured: they leave what they have begun in the graph.
+    """
     kernels = parts.kernels
     if not kernels.strict:
         return passes()
@@ -195,7 +197,7 @@ def _repeatable(parts: Parts, passes: Callable[[], _T]) -> _T:
         with kernels:
             return passes()
     except RuntimeError as error:
-        if not kernels.refused(error):
+        if not kernels.refused(error) or captured:
             raise
     parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
     parts.buffers.remember()

@@ -9,7 +9,7 @@ from conftest import recipe, surefoot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenarios import base, mixture
-from test_statistics import ADAM, COMPILED, EAGER, MODELS, SGD, events, normed_inputs
+from test_statistics import ADAM, COMPILED, EAGER, MODELS, SGD, cases, events, normed_inputs
 from torch import nn
 
 import surefoot as sf
@@ -38,17 +38,7 @@ def changed(seed, model, data, **changes):
 HERE = {("mlp", "sgd", 1e2, 0), ("cnn", "adam", 1e4, 1)}
 
 
-@pytest.mark.parametrize(
-    ("model", "optimizer", "scale", "seed"),
-    [
-        case if case in HERE else pytest.param(*case, marks=pytest.mark.soak)
-        for model in MODELS
-        for optimizer in ("sgd", "adam")
-        for scale in (1e2, 1e4)
-        for seed in (0, 1, 2, 7)
-        for case in [(model, optimizer, scale, seed)]
-    ],
-)
+@pytest.mark.parametrize(("model", "optimizer", "scale", "seed"), cases(HERE))
 def test_all_are_named_and_no_others(tmp_path, model, optimizer, scale, seed):
     """Of each other one is in every third batch, so that statistics that begin with one stay as it left
     them.

@@ -137,6 +137,7 @@ def test_the_rule_by_which_steps_are_captured(monkeypatch, asked, kept, total, a
     monkeypatch.setattr("surefoot.choice.captured_step", lambda trial: ("graph", ""))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000 * allocated)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     choice = choose(Question(asked, kept, trial))
     assert choice.compiled == found[0]
     assert choice.reason.startswith(found[1])
@@ -146,5 +147,6 @@ def test_the_rule_by_which_steps_are_captured(monkeypatch, asked, kept, total, a
 def test_what_cannot_be_captured_is_eager_by_the_rule(monkeypatch):
     trial = SimpleNamespace(parts=SimpleNamespace(device=torch.device("cuda", 0)), total=10_000)
     monkeypatch.setattr("surefoot.choice.captured_step", lambda trial: (None, "it waits"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     choice = choose(Question("auto", None, trial))
     assert (choice.compiled, choice.reason, choice.graph) == ("", "not captured: it waits", None)

@@ -17,7 +17,9 @@ import surefoot as sf
 from surefoot.api import result, run_steps
 from surefoot.build import build
 from surefoot.measure.readings import Readings
+from surefoot.prepare import prepare
 from surefoot.record.folder import RunFolder
+from surefoot.train_step import losses_of
 
 EAGER = sf.Operations(compute={"compile": "off"}, progress="off")
 
@@ -47,6 +49,7 @@ def test_a_slow_run_goes_on(tmp_path, monkeypatch, lag):
     done = sf.fit(changed, out=tmp_path / "run")
     (told,) = events(done.run_dir, "alarm")
     assert told["detector"] == "D6"
+    assert "otherwise each time" in told["reason"]
     assert events(done.run_dir, "rolled_back") == []
     assert done.status == "finished"
 
@@ -64,6 +67,7 @@ def test_a_run_that_is_continued_tells_of_it_and_goes_on(tmp_path):
     done = continued_after_a_kill(tmp_path, model=Unrepeatable)
     (told,) = events(tmp_path / "killed", "alarm")
     assert told["detector"] == "D7"
+    assert "otherwise each time" in told["reason"]
     assert events(tmp_path / "killed", "rolled_back") == []
     assert done.status == "finished"
 
@@ -136,3 +140,43 @@ def test_other_errors_are_the_models(tmp_path):
 
     with pytest.raises(sf.RecipeError, match="RuntimeError: shapes"):
         taken_strictly(tmp_path, model=lambda: Fails(8, 3))
+
+
+class Accumulates(nn.Module):
+    """Keeps a sum in a way that leaves no trace; half-way to it, torch refuses an operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(8, 3)
+        self.register_buffer("total", torch.zeros(1))
+
+    def forward(self, x):
+        x.clone().put_(torch.tensor([0]), x.flatten()[:1])
+        self.total.data.add_(1.0)
+        return self.net(x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_a_refused_pass_did_not_come_to_is_undone_later(strict):
+    made = prepare(recipe(model=Accumulates, until=30), EAGER)
+    made.parts.kernels.strict = strict
+    batch = made.feed(lambda *_, **__: None).at(0)
+    for _ in range(3):
+        losses_of(made.parts, batch)
+    assert not made.parts.kernels.strict
+    assert made.parts.model.total.item() == 0.0
+
+
+@pytest.mark.parametrize("free_from", [0, 450])
+def test_rows_from_before_any_kernel_would_do_may_differ_by_rounding(tmp_path, free_from):
+    built = build(jump(), RunFolder(tmp_path), EAGER)
+    built.run.parts.kernels.free_from = free_from
+    rows, changed = built.run.healer.rows, False
+    for outcome in run_steps(built):
+        if outcome.step >= 440 and not changed:
+            (i,) = (i for i, row in enumerate(rows) if row.step == 430)
+            rows[i] = rows[i]._replace(loss=rows[i].loss * 1.0000001)
+            changed = True
+    back = events(tmp_path, "rolled_back")[0]
+    fault = "step 430 does not reproduce: the machine made a mistake there"
+    assert back["cause"] == ("the learning rate jumped" if free_from else fault)

@@ -13,15 +13,13 @@ from torch import Tensor
 
 from surefoot.data.holes import leave_out
 from surefoot.guard.detect import MOST_GROWTH, STATISTICS_SPIKE
-from surefoot.optim.statistics import worst
-from surefoot.train_step import Parts, Probe, losses_of, probe, variances_of
+from surefoot.optim.statistics import ENOUGH_ROWS, worst
+from surefoot.train_step import Parts, Probe, losses_of, probe, seen_of
 from surefoot.types import HOLE, Minibatch, leaves, take_rows
 
 _MOST = 8
 """To blame in one step; with more it is the step itself that is wrong."""
 _OUTLIER = 10.0
-_UNLIKE = (MOST_GROWTH - 0.9) / 0.1
-_LEAST_GROUP = 4
 _ENOUGH = 16
 """Samples: of fewer one that is common often seems to stand out."""
 
@@ -97,52 +95,56 @@ def _breaking(
 
 
 def unlike_others(parts: Parts, batch: Minibatch) -> Blame:
-    """Samples of a batch before which nothing is known, each of which would make a batch norm's statistics
-    of the others so many times as large as no later step may (`MOST_GROWTH`, at torch's default of what is
-    kept of them). `growth`, `layer`: of the statistics of the whole batch, by all of them.
+    """Samples of a batch before which nothing is known, each of which would make running statistics of the
+    others grow as no later step may (`MOST_GROWTH`). `growth`, `layer`: of what a batch norm sees in the
+    whole batch, by all of them.
 
-    Groups of the batch are compared with one that sees little, and parts of those that stand out with that
-    one, too; then what is left is each of the others' measure. Whatever a pass is made with fills the
-    batch, since a model may take no other size.
+    Groups of the batch are compared with the one of least variance, and parts of those that stand out with
+    that one, too; then what is left is the measure of each that does. Whatever a pass is made with fills
+    the batch, since a model may take no other size. Few rows do not tell what is rare from what is wrong.
     """
     rows = np.flatnonzero(batch.slots.ids != HOLE)
-    if not parts.buffers.statistics or len(rows) < 2 * _LEAST_GROUP:
+    if not parts.buffers.statistics or len(rows) < ENOUGH_ROWS:
         return Blame(())
 
-    def seen(those: NDArray[np.intp]) -> NDArray[np.float64]:
-        filled = np.resize(those, batch.num_rows)
-        data = take_rows(batch.data, filled, batch.num_rows)
-        return np.nan_to_num(variances_of(parts, batch._replace(data=data, weights=None)), nan=np.inf)
+    def look(those: NDArray[np.intp]) -> NDArray[np.float64]:
+        data = take_rows(batch.data, np.resize(those, batch.num_rows), batch.num_rows)
+        seen, part[:] = zip(*seen_of(parts, batch._replace(data=data, weights=None)), strict=True)
+        found: NDArray[np.float64] = np.nan_to_num(np.array(seen), nan=np.inf, posinf=np.inf)
+        return found
 
     def factors(found: NDArray[np.float64], usual: NDArray[np.float64]) -> NDArray[np.float64]:
         counts = (usual > 0) & np.isfinite(usual)
         with np.errstate(over="ignore"):
             return np.divide(found, usual, out=np.ones_like(found), where=counts)
 
-    groups = np.array_split(rows, min(_MOST, len(rows) // _LEAST_GROUP))
-    of_groups = [seen(group) for group in groups]
-    second = 1 if len(groups) > 2 else 0  # the first may be of little by chance
-    usual = np.sort(of_groups, axis=0)[second]
-    order = np.argsort([factors(found, usual).max() for found in of_groups], kind="stable")
-    others, usual = groups[order[second]], of_groups[order[second]]
-    suspects = [
-        group
-        for group, found in zip(groups, of_groups, strict=True)
-        if (factors(found, usual) > _UNLIKE).any()
-    ]
-    while any(len(group) > 1 for group in suspects):
+    def far(found: NDArray[np.float64], usual: NDArray[np.float64]) -> bool:
+        """Whether running statistics that are as usual would grow too far."""
+        return bool(((factors(found, usual) - 1.0) * part > MOST_GROWTH - 1.0).any())
+
+    part: list[float] = []
+    groups = np.array_split(rows, _MOST)
+    of_groups = [look(group) for group in groups]
+    least = np.min(of_groups, axis=0)
+    place = int(np.argmin([factors(found, least).max() for found in of_groups]))
+    others, usual = groups[place], of_groups[place]
+    suspects = [group for group, found in zip(groups, of_groups, strict=True) if far(found, usual)]
+    few = list[int]()
+    while suspects:
         halves = [half for group in suspects for half in np.array_split(group, 2) if len(half)]
-        suspects = [h for h in halves if (factors(seen(np.append(others, h)), usual) > _UNLIKE).any()]
-        if len(suspects) > _MOST:
+        suspects = [half for half in halves if far(look(np.append(others, half)), usual)]
+        few += [int(group[0]) for group in suspects if len(group) == 1]
+        suspects = [group for group in suspects if len(group) > 1]
+        if len(suspects) + len(few) > _MOST:
             return Blame(())
-    few, before = [int(group[0]) for group in suspects], -1
-    while few and len(few) != before:
-        before, left = len(few), np.setdiff1d(rows, few)
-        usual = seen(left)
-        few = [row for row in few if (factors(seen(np.append(left, row)), usual) > _UNLIKE).any()]
     if not few:
         return Blame(())
-    grown = factors(seen(rows), usual)
+    left = np.setdiff1d(rows, few)
+    usual = look(left)
+    few = [row for row in few if far(look(np.append(left, row)), usual)]
+    if not few:
+        return Blame(())
+    grown = factors(look(rows), usual)
     place = int(np.argmax(grown))
     ids = tuple(sorted(int(i) for i in batch.slots.ids[few]))
     return Blame(ids, growth=float(grown[place]), layer=parts.buffers.layer(place))

@@ -1,7 +1,8 @@
 """Whether the steps of a run are compiled. Chosen once, before the first step, and kept by the run.
 
 ``compute.compile = auto`` is a rule of model, batch, length and device, never a measurement: two fresh runs
-of a recipe must choose alike. `surefoot tune compute` measures.
+of a recipe must choose alike. `surefoot tune compute` measures. On a GPU, where captured steps have the
+bits of eager ones, what a step takes of its memory counts, too.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ ENOUGH_UPDATES = 50_000
 _MOST_FLOPS = 20e6
 ENOUGH_TO_CAPTURE = 1_000
 MOST_MEMORY = 0.4
-"""Of a GPU's, that an eager step may take where steps are captured by the rule: a graph has memory of its
-own for all that is between its kernels, beside that of the eager steps that come now and then.
+"""Of a GPU's, that may be in use in a step, eager or as it is captured, where that is done by the rule: a
+graph has memory of its own for all that is between its kernels, beside that of the eager steps that come
+now and then.
 """
 _ENOUGH_BATCHES = 6
 """For torch to have compiled all that the first of them need, if they are alike."""
@@ -131,10 +133,10 @@ def _on_gpu(q: Question) -> Choice:
     by_rule = q.asked == "auto" and q.kept is None
     if by_rule and q.trial.total < ENOUGH_TO_CAPTURE:
         return Choice("", f"not captured: under {ENOUGH_TO_CAPTURE:,} updates it does not pay")
-    begun = time.perf_counter()
+    begun, device = time.perf_counter(), q.trial.parts.device
+    torch.cuda.reset_peak_memory_stats(device)
     graph, why_not = captured_step(q.trial)
     if graph is not None and by_rule:
-        device = q.trial.parts.device
         all_of_it: int = torch.cuda.get_device_properties(device).total_memory
         if torch.cuda.max_memory_allocated(device) > MOST_MEMORY * all_of_it:
             graph, why_not = None, f"a step takes more than {MOST_MEMORY:.0%} of the GPU's memory"

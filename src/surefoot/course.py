@@ -116,7 +116,8 @@ class Course:
     total: updates in the whole run. validate: when, besides at its end. rows: the newest, for the guard.
     blames: samples that break a step are looked for. alone: no code of the caller runs between steps.
     before: rows of an earlier attempt, and their numbers of passes, for steps that are taken again now:
-    they must come out alike. price_per_s: of a second of this machine, or 0.
+    they must come out alike. price_per_s: of a second of this machine, or 0. has_learned: an update before
+    the next was applied, as far as has been looked.
     """
 
     parts: Parts
@@ -137,6 +138,7 @@ class Course:
     alone: bool = True
     graph: Graph | Captured | None = None
     before: dict[int, tuple[Row, int]] = field(default_factory=dict)
+    has_learned: bool = False
     warned: dict[str, int] = field(default_factory=dict)
 
 
@@ -144,7 +146,7 @@ def update(course: Course, batch: Minibatch) -> tuple[Minibatch, float, Attempt]
     """One update: the batch without what is in quarantine, the schedule's multiplier, what came of it."""
     state, attempt = course.state, None
     batch, (multiplier,) = without_quarantined(course, batch), multipliers(course, 1)
-    if state.step == state.num_refused and course.blames and course.parts.guard.heals:
+    if course.parts.guard.heals and _nothing_is_known(course) and course.blames:
         batch = _without_unlike(course, batch)
     if course.graph is not None and state.eager_from is None:
         try:
@@ -165,8 +167,17 @@ def update(course: Course, batch: Minibatch) -> tuple[Minibatch, float, Attempt]
     return batch, multiplier, attempt
 
 
+def _nothing_is_known(course: Course) -> bool:
+    """Whether there are batch norms, and no update has been applied yet; or it is the first step."""
+    step, buffers = course.state.step, course.parts.buffers
+    if not buffers.statistics or (step and course.has_learned):
+        return False
+    course.has_learned = step > 0 and buffers.have_seen()
+    return not course.has_learned
+
+
 def _without_unlike(course: Course, batch: Minibatch) -> Minibatch:
-    """A batch before which no update was applied, without what is far from what else is in it."""
+    """The batch without samples that are far from the others."""
     blamed = course.healer.quarantine_at_once(batch)
     if not blamed.ids:
         return batch
@@ -175,7 +186,8 @@ def _without_unlike(course: Course, batch: Minibatch) -> Minibatch:
         f"first batch: the running statistics of batch norm {blamed.layer!r} would have begun "
         f"{blamed.growth:.3g} times as large as without them"
     )
-    course.told.event("quarantined", step=step, ids=list(blamed.ids), reason=why, interventions=number)
+    ids = list(blamed.ids)
+    course.told.event("quarantined", step=step, ids=ids, reason=why, at_once=True, interventions=number)
     return without_quarantined(course, batch)
 
 
@@ -202,10 +214,11 @@ def replay(
     )
     state = course.state
 
-    def is_news(verdict: Alarm | Stop | None) -> bool:
+    def news(verdict: Alarm | Stop | None) -> Alarm | Stop | None:
+        """The verdict, unless it was answered before."""
         if known and isinstance(verdict, Alarm) and verdict.detector == "D6":
             course.parts.guard.reviewed.told_slow = True
-        return verdict is not None and not known
+        return None if known else verdict
 
     while state.step < until and not state.stopped_early:
         if course.stop():
@@ -214,14 +227,13 @@ def replay(
         lr = course.parts.base_lr[0] * multiplier
         label = Label(batch.slots, state.samples, lr, attempt.num_micro, 0.0, 0.0, 0.0)
         verdict = settle(quiet, label, attempt)
-        if is_news(verdict):
+        if news(verdict) is not None:
             return verdict
         if verdict is None and state.step % EVERY == 0 and course.parts.guard.on:
             look_at_layers(quiet, layers_of(course.parts.model, attempt.trained), attempt.norms)
         if validation_due(quiet) and run_validation(quiet) is None:
             raise StopAskedError
-    verdict = settle(quiet, None, None)
-    return verdict if is_news(verdict) else None
+    return news(settle(quiet, None, None))
 
 
 def settle(

@@ -172,9 +172,10 @@ class Healer:
 
     # ------------------------------------------------------------------ after an alarm
 
-    def heal(self, alarm: Alarm, replay: Replay) -> dict[str, Any] | Stop | None:
+    def heal(self, alarm: Alarm, replay: Replay) -> dict[str, Any] | Stop | str:
         """Goes back and finds what helps; the facts of it, or that nothing does: the run is then in a
-        healthy state either way. None: nothing is to be done, and the run is to go on from where it was.
+        healthy state either way. A text: nothing is to be done, and the run is to go on from where it was;
+        the alarm's reason, and what was seen.
         """
         begun = time.perf_counter()
         before, rules = self.parts.guard.history, self.parts.guard.rules
@@ -200,15 +201,14 @@ class Healer:
             return facts | {"cause": cause, "remedy": remedy, "tried": others, "seconds": seconds}
 
         now = self._again(target, alarm, replay)
-        odd = self._first_difference(alarm, now)
+        odd, told = self._first_difference(alarm, now), alarm.reason
         if odd is not None and not _repeat(now, self._again(target, alarm, replay)):
             odd = None  # so it says nothing of the machine
-            alarm = alarm._replace(reason=f"{alarm.reason}; {_UNREPEATABLE}")
-            facts["reason"] = alarm.reason
+            facts["reason"] = told = f"{alarm.reason}; {_UNREPEATABLE}"
         forget = alarm.onset if odd is None else min(odd, alarm.onset)
         went_back = before.back_to(target, alarm.step, forget=forget)
         if resumed and odd is None:  # it was the earlier attempt that erred, if anything did
-            return None
+            return told
         if odd is not None:
             return found(f"step {odd} does not reproduce: the machine made a mistake there", "none needed")
         best: tuple[float, str, list[Intervention]] | None = None
@@ -237,10 +237,10 @@ class Healer:
         if best is not None:
             return found(_CAUSES[best[2][0].kind], best[1], *best[2])
         if slow and not self.doubts:
-            return None
+            return told
         self._go_back(target, went_back, replay)
         return Stop(
-            f"{alarm.reason} (step {alarm.step}); going back to step {target} and on from there with "
+            f"{told} (step {alarm.step}); going back to step {target} and on from there with "
             + ", or ".join(tried or ["what the guard may do"])
             + " did not help"
             + "".join(f". {doubt}" for doubt in self.doubts),
@@ -300,10 +300,10 @@ class Healer:
 
     def _first_difference(self, alarm: Alarm, now: Sequence[Row]) -> int | None:
         """The first step whose replay gave other bits than it gave before."""
-        resumed = alarm.detector == "D7"
+        resumed, own_from = alarm.detector == "D7", max(self.own_from, self.parts.kernels.free_from)
         before = {row.step: row for row in self.rows}
         for row in now:
-            exact = (row.step if resumed else now[0].step) >= self.own_from
+            exact = (row.step if resumed else now[0].step) >= own_from
             if row.step in before and not same_row(before[row.step], row, exact=exact):
                 return row.step
         return alarm.step if alarm.detector == "D0" and self.parts.updater.finite() else None

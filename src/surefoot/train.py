@@ -230,18 +230,18 @@ def _heal(run: Run, alarm: Alarm) -> str:
     except StopAskedError:
         run.state.restore(whole)  # with the alarm still pending
         return "preempted"
-    if done is None:
+    if isinstance(done, str):
         run.state.restore(whole)
-        guard.reviewed.told_slow = True
-        run.told.event("alarm", step=alarm.step + 1, detector=alarm.detector, reason=alarm.reason)
+        guard.pending, guard.reviewed.told_slow = None, True
+        run.told.event("alarm", step=alarm.step + 1, detector=alarm.detector, reason=done)
+        return ""
     guard.pending = None
     if isinstance(done, Stop):
         bundle = run.told.event("diverged", step=run.state.step, reason=done.reason, fix=done.fix)
         _keep_samples(run, bundle, alarm.onset)
         return "diverged"
-    if done is None or "at" not in done:  # the run goes on from where it is
-        if done is not None:
-            run.told.event("borne", **done, interventions=guard.history.num_decided)
+    if "at" not in done:  # the run goes on from where it is
+        run.told.event("borne", **done, interventions=guard.history.num_decided)
         return ""
     bundle = run.told.event("rolled_back", **done, interventions=guard.history.num_decided)
     _keep_samples(run, bundle, alarm.onset)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -27,7 +28,7 @@ from surefoot.measure.profile import phase
 from surefoot.optim.buffers import Buffers
 from surefoot.optim.gradients import global_norm, norms_of
 from surefoot.optim.precision import Precision
-from surefoot.optim.statistics import Grown, worst
+from surefoot.optim.statistics import Grown, Seen, worst
 from surefoot.optim.update import Updater
 from surefoot.parallel.device import Kernels
 from surefoot.protocols import GradientTransform, Objective, Strategy
@@ -167,7 +168,7 @@ def _gradients(
             param.grad = None
         return accumulate(parts, batch, each, inside)
 
-    loss, num_micro = _repeatable(parts, passes, captured=inside is not None)
+    loss, num_micro = _repeatable(parts, batch, passes, captured=inside is not None)
     pairs = [(param, grad) for param in parts.params if (grad := param.grad) is not None]
     trained, grads = [param for param, _ in pairs], [grad for _, grad in pairs]
     if not grads:
@@ -186,7 +187,7 @@ def _gradients(
     return loss, trained, grads, num_micro
 
 
-def _repeatable(parts: Parts, passes: Callable[[], _T], *, captured: bool = False) -> _T:
+def _repeatable(parts: Parts, batch: Minibatch, passes: Callable[[], _T], *, captured: bool = False) -> _T:
     """What passes return, by kernels that repeat; where an operation has none, taken again by any, but for
     passes that are being captured: they leave what they have begun in the graph.
     """
@@ -194,12 +195,12 @@ def _repeatable(parts: Parts, passes: Callable[[], _T], *, captured: bool = Fals
     if not kernels.strict:
         return passes()
     try:
-        with kernels:
+        with kernels.that_repeat():
             return passes()
     except RuntimeError as error:
-        if not kernels.refused(error) or captured:
+        if not kernels.refused(error, step=batch.slots.step) or captured:
             raise
-    parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
+    _undo(parts, whole=False)
     parts.buffers.remember()
     return passes()
 
@@ -219,44 +220,53 @@ class Probe(NamedTuple):
 
 def probe(parts: Parts, batch: Minibatch, *, each: list[Tensor] | None = None) -> Probe:
     """What a step with this batch would have; nothing is changed. The samples' losses go into `each`."""
-    parts.buffers.remember()
-    loss, _, grads, _ = _gradients(parts, batch, each)
-    norm, growths = global_norm(grads).item(), parts.buffers.growths()
-    parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
-    return Probe(loss.item(), norm, growths)
+    with _undone(parts):
+        loss, _, grads, _ = _gradients(parts, batch, each)
+        return Probe(loss.item(), global_norm(grads).item(), parts.buffers.growths())
 
 
 def gradient_norms(parts: Parts, batch: Minibatch) -> list[float]:
     """2-norm of the gradient of each of `parts.params` in a step with this batch, before clipping; NaN
     where it has none. Nothing is changed.
     """
-    parts.buffers.remember()
-    _gradients(parts, batch)
-    norms = [math.nan if p.grad is None else torch.linalg.vector_norm(p.grad).item() for p in parts.params]
-    parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
-    return norms
+    with _undone(parts):
+        _gradients(parts, batch)
+    return [math.nan if p.grad is None else torch.linalg.vector_norm(p.grad).item() for p in parts.params]
 
 
 def losses_of(parts: Parts, batch: Minibatch) -> Tensor:
     """The loss of each sample, float64[B], in a step with this batch; nothing is changed."""
-    parts.buffers.remember()
-    losses = _repeatable(parts, lambda: _only_forward(parts, batch))
-    parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
-    return losses
+    with _undone(parts):
+        return _repeatable(parts, batch, lambda: _only_forward(parts, batch))
 
 
-def variances_of(parts: Parts, batch: Minibatch) -> list[float]:
-    """What each batch norm sees of this batch alone, see `Buffers.variances`; nothing is changed."""
+def seen_of(parts: Parts, batch: Minibatch) -> list[Seen]:
+    """What each batch norm sees of this batch alone; nothing is changed."""
 
-    def passes() -> list[float]:
+    def passes() -> list[Seen]:
         parts.buffers.forget_statistics()
         _only_forward(parts, batch)
-        return parts.buffers.variances()
+        return parts.buffers.seen()
 
+    with _undone(parts):
+        return _repeatable(parts, batch, passes)
+
+
+@contextmanager
+def _undone(parts: Parts) -> Iterator[None]:
+    """What passes do to buffers within it is undone."""
+    whole = False
     parts.buffers.remember()
-    found = _repeatable(parts, passes)
-    parts.buffers.settle(torch.tensor(False, device=parts.device), on_host=parts.device.type == "cpu")
-    return found
+    try:
+        yield
+        whole = True
+    finally:
+        _undo(parts, whole=whole)
+
+
+def _undo(parts: Parts, *, whole: bool) -> None:
+    no = torch.tensor(False, device=parts.device)
+    parts.buffers.settle(no, on_host=no.is_cpu, whole=whole)
 
 
 def _only_forward(parts: Parts, batch: Minibatch) -> Tensor:

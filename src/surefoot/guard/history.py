@@ -86,8 +86,8 @@ class History:
         return any(i.kind == "grow" and i.at < step < i.begins for i in self.interventions)
 
     def blamed(self, step: int) -> bool:
-        """Whether samples were found that were to blame for this step."""
-        return any(i.kind == "quarantine" and i.at == step for i in self.interventions)
+        """Whether samples were found, after this step, that were to blame for it."""
+        return any(i.kind == "quarantine" and i.at == step < i.begins for i in self.interventions)
 
     def unsettled(self, step: int) -> bool:
         """Whether more than samples and rates is otherwise than without the guard, at `step` or later."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from surefoot.optim.statistics import Grown, growth, growths_on_host, settings_of, worst
+from surefoot.optim.statistics import Grown, Seen, growth, growths_on_host, seen, settings_of, worst
 
 
 class Buffers:
@@ -102,13 +102,14 @@ class Buffers:
                 for live in self.live(self.statistics[3 * i : 3 * i + 3]):
                     live.detach().zero_()
 
-    def variances(self) -> list[float]:
-        """Running variance of each batch norm, added up over its channels; 0 for less than counts."""
-        added = [live.double().sum().item() for live in self.live(self.statistics[1::3])]
-        return [
-            0.0 if value <= (1.0 - keeps) * least else value
-            for value, (least, keeps, _) in zip(added, self._settings, strict=True)
-        ]
+    def seen(self) -> list[Seen]:
+        """What each batch norm has seen since `forget_statistics`."""
+        live = self.live(self.statistics)
+        return [seen(*pair) for pair in zip(live[1::3], live[2::3], self._settings, strict=True)]
+
+    def have_seen(self) -> bool:
+        """Whether any batch norm has seen a batch whose update was applied; waits for a device."""
+        return any(num.item() for num in self.live(self.statistics[2::3]))
 
     def layer(self, place: int) -> str:
         """The name of one of those."""
@@ -121,8 +122,10 @@ class Buffers:
             self._held = torch.tensor(self._settings, dtype=torch.float32, device=device)
         return self._held
 
-    def settle(self, permitted: Tensor, *, on_host: bool) -> None:
-        """After the last one: keep the changes if `permitted` (bool, 0-d), else undo them."""
+    def settle(self, permitted: Tensor, *, on_host: bool, whole: bool = True) -> None:
+        """After the last one: keep the changes if `permitted` (bool, 0-d), else undo them. whole: it came
+        to its end, so that what has not changed by now is what a pass does not change.
+        """
         if not self._owners:
             return
         for name in self._owners:
@@ -134,7 +137,7 @@ class Buffers:
                 if name in self._unsaved:
                     self._initial[name] = self._kept[name].clone()
                 self.changing.append(name)
-        self._learned = True
+        self._learned |= whole
         if on_host and permitted.item():
             return
         for name in self.changing:

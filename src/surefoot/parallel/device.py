@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -47,26 +49,32 @@ def choose_device(name: str, *, threads: int | None, deterministic: bool) -> tor
 
 
 class Kernels:
-    """Within it, on a GPU, forward and backward passes take kernels that repeat bit for bit, if there are
-    any; the backward pass of attention has some, which torch takes only if it may refuse operations that
-    have none. strict: it may; until it has refused one.
+    """Which kernels forward and backward passes take on a GPU: those that repeat bit for bit, as long as
+    each operation has one. The backward pass of attention has some, which torch takes only while it may
+    refuse an operation that has none.
+
+    strict: operations may be refused; so until one is. free_from: the first step since when they may not.
     """
 
     def __init__(self, device: torch.device, *, deterministic: bool) -> None:
         self.strict = deterministic and device.type == "cuda"
-        self._before = 0
+        self.free_from = 0
 
-    def __enter__(self) -> None:
-        self._before = torch.get_deterministic_debug_mode()
+    @contextmanager
+    def that_repeat(self) -> Iterator[None]:
+        """Within it operations without such a kernel are refused, in the whole process."""
+        before = torch.get_deterministic_debug_mode()
         torch.set_deterministic_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.set_deterministic_debug_mode(before)
 
-    def __exit__(self, *_: object) -> None:
-        torch.set_deterministic_debug_mode(self._before)
-
-    def refused(self, error: RuntimeError) -> bool:
-        """Whether an operation has no such kernel. From then on any will do, and torch warns."""
+    def refused(self, error: RuntimeError, *, step: int) -> bool:
+        """Whether an operation was. From this step on any kernel will do, and torch warns."""
         found = any(words in str(error) for words in _REFUSALS)
-        self.strict = self.strict and not found
+        if found:
+            self.strict, self.free_from = False, step
         return found
 
 

@@ -89,7 +89,7 @@ def _what_to_do(event: Event) -> str:
 
 def _quarantined(event: Event) -> Incident:
     ids, cause = event["ids"], event["reason"]
-    if not cause.startswith("first batch"):
+    if not event.get("at_once"):
         cause = f"an update was refused ({cause}), and would not have been without them"
     return _incident(
         event,

@@ -133,6 +133,22 @@ def test_kernels_that_repeat_are_asked_for_in_each_step(tmp_path):
     assert set(asked) == {2}
 
 
+def test_rows_are_of_any_kernel_from_the_step_on_in_which_one_was_refused(tmp_path):
+    class Turns(nn.Linear):
+        num = 0
+
+        def forward(self, x):
+            self.num += 1
+            x = super().forward(x)
+            return NoSuchKernel.apply(x) if self.num > 10 else x
+
+    built = build(recipe(until=30, model=lambda: Turns(8, 3)), RunFolder(tmp_path), EAGER)
+    built.run.parts.kernels.strict = True
+    for _ in run_steps(built):
+        pass
+    assert (built.run.parts.kernels.strict, built.run.parts.kernels.free_from) == (False, 10)
+
+
 def test_other_errors_are_the_models(tmp_path):
     class Fails(nn.Linear):
         def forward(self, x):

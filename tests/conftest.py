@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,20 @@ def fit(tmp_path: Path) -> Callable[..., sf.Result]:
         return sf.fit(recipe(**changes), out=where, operations=sf.Operations(**(operations or {})))
 
     return run
+
+
+def copied(run: Path, to: Path) -> Path:
+    """A copy of a run that is between two steps, as a kill would leave it there: taken once no file of it
+    is half written or half removed, and again if one went while it was taken.
+    """
+    for _ in range(600):
+        if not list(run.rglob(".*")):
+            try:
+                return Path(shutil.copytree(run, to, ignore=shutil.ignore_patterns("LOCK", "BALLAST")))
+            except shutil.Error:
+                shutil.rmtree(to)
+        time.sleep(0.05)
+    raise TimeoutError(f"{run} does not come to rest: {sorted(map(str, run.rglob('.*')))}")
 
 
 def surefoot_process(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:

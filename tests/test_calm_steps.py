@@ -1,7 +1,6 @@
 """What an attack on compiled steps that are settled together found: each of these went wrong once."""
 
 import math
-import shutil
 import time
 from types import SimpleNamespace
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import blobs, mlp, recipe
+from conftest import blobs, copied, mlp, recipe
 
 import surefoot as sf
 from surefoot import calm
@@ -156,8 +155,7 @@ def test_a_run_that_was_killed_goes_on_with_calm_steps(tmp_path, monkeypatch, mo
     changed = recipe(guard=sf.Guard(mode), until=900)
     for outcome in sf.steps(changed, out=tmp_path / "run", operations=compiled(checkpoint={"every": 300})):
         if outcome.step == 350:
-            in_flight = shutil.ignore_patterns(".tmp-*", ".trash-*", "BALLAST")
-            shutil.copytree(tmp_path / "run", tmp_path / "copy", ignore=in_flight)
+            copied(tmp_path / "run", tmp_path / "copy")
     built = build(changed, RunFolder(tmp_path / "copy"), compiled())
     assert built.run.before
     assert counted(built, monkeypatch) > 300

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, blobs, mlp, recipe, surefoot, surefoot_process
+from conftest import ROOT, blobs, copied, mlp, recipe, surefoot, surefoot_process
 from safetensors.torch import load_file
 from scenarios import SCENARIOS, play
 from test_kill import newest_step
@@ -426,9 +426,8 @@ def test_a_release_that_is_gone_is_noticed_and_one_that_was_cut_short_does_no_ha
     often = sf.Operations(checkpoint={"every": 50})
     for outcome in sf.steps(recipe_, out=tmp_path / "run", operations=often):
         if outcome.step == 330:
-            shutil.copytree(tmp_path / "run", tmp_path / "killed")
+            copied(tmp_path / "run", tmp_path / "killed")
             break
-    (tmp_path / "killed/LOCK").unlink()
     told = (tmp_path / "killed/events.jsonl").read_bytes()
     assert surefoot("release", tmp_path / "killed", "--all").returncode == 0
     refused = surefoot("release", tmp_path / "killed", "--all")

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, blobs, recipe, surefoot, surefoot_process
+from conftest import ROOT, blobs, copied, recipe, surefoot, surefoot_process
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scenarios import SCENARIOS, _mislabel, base, mixture, mlp, play, spoiling
@@ -335,12 +334,10 @@ def test_an_interrupted_run_heals_alike(tmp_path, undisturbed, stops):
 def test_a_run_that_is_copied_in_the_middle_of_it_heals_alike(tmp_path, undisturbed):
     """As a kill leaves it: the directory as it is at that instant."""
     copies: list = []
-    in_flight = shutil.ignore_patterns(".tmp-*", ".trash-*", "BALLAST")
     all_stay = Operations(checkpoint={"every": 37, "keep_last": 100}, progress="off")
     for outcome in sf.steps(jump(), out=tmp_path / "run", operations=all_stay):
         if outcome.step in (505, 508) or (outcome.step in (401, 480) and len(copies) > 1):
-            copy = tmp_path / f"copy{len(copies)}"
-            copies.append(shutil.copytree(tmp_path / "run", copy, ignore=in_flight))
+            copies.append(copied(tmp_path / "run", tmp_path / f"copy{len(copies)}"))
     assert len(copies) > 3
     for copy in copies:
         done = sf.fit(jump(), out=copy, operations=OFTEN)
@@ -903,9 +900,8 @@ def continued_after_a_kill(tmp_path, *, during=None, after=None, **changes):
         if outcome.step == 450 and during is not None:
             during(outcome.model)
         if outcome.step == 470:
-            shutil.copytree(tmp_path / "run", tmp_path / "killed")
+            copied(tmp_path / "run", tmp_path / "killed")
             break
-    (tmp_path / "killed/LOCK").unlink()
     built = build(changed, RunFolder(tmp_path / "killed"), Operations(**often))
     assert built.state.step == 400
     if after is not None:
@@ -965,9 +961,8 @@ def test_another_physical_batch_is_no_fault_of_the_machine(tmp_path, first, seco
 
     for outcome in sf.steps(ragged, out=tmp_path / "run", operations=operations(first)):
         if outcome.step == 90:
-            shutil.copytree(tmp_path / "run", tmp_path / "killed")
+            copied(tmp_path / "run", tmp_path / "killed")
             break
-    (tmp_path / "killed/LOCK").unlink()
     sf.fit(ragged, out=tmp_path / "killed", operations=operations(second))
     assert events(tmp_path / "killed", "rolled_back") == events(tmp_path / "killed", "alarm") == []
     for step in (15, 95, 130):

@@ -296,7 +296,7 @@ def keras(w: Any, clock: Clock) -> None:
 def fastai(w: Any, clock: Clock) -> None:
     from functools import partial
 
-    from fastai.callback.core import Callback, CancelFitException
+    from fastai.callback.core import Callback, CancelFitException, CancelValidException
     from fastai.callback.schedule import ParamScheduler, SchedCos
     from fastai.callback.training import GradientClip
     from fastai.data.core import DataLoaders
@@ -310,6 +310,9 @@ def fastai(w: Any, clock: Clock) -> None:
         def after_batch(self) -> None:
             if clock.tick():
                 raise CancelFitException
+
+        def before_validate(self) -> None:  # nobody else validates, and its batches would be counted
+            raise CancelValidException
 
     data = TensorDataset(*w.data())
     loader = DataLoader(data, bs=w.batch, shuffle=True, num_workers=0)
@@ -403,9 +406,21 @@ def one(workload: str, contender: str, *, threads: int) -> float:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     clock = Clock(WORKLOADS[workload])
+    backward, num_backward = torch.Tensor.backward, 0
+
+    def counted(*arguments: Any, **options: Any) -> None:
+        nonlocal num_backward
+        num_backward += 1
+        backward(*arguments, **options)
+
+    torch.Tensor.backward = counted  # type: ignore[assignment]
     CONTENDERS[contender](WORKLOADS[workload], clock)
     if not clock.us:
         raise RuntimeError(f"{contender} ended after {clock.done} updates")
+    if num_backward < clock.done and not contender.startswith("surefoot"):
+        raise RuntimeError(
+            f"{contender}: {num_backward} backward passes in what counts as {clock.done} updates"
+        )
     return clock.us
 
 

@@ -6,14 +6,17 @@
 Makes an environment of its own, ``.venv-peers``, with `peers.txt`. Every contender trains the same model on
 the same data in its own idiom: shuffled, SGD or AdamW, clipping at norm 1, a cosine rate per step, the loss
 logged each step, no checkpoints and no progress bar. Each in a process of its own, in interleaved rounds;
-medians. What a peer cannot do here is told, not left out. Composer is not among them: it requires an older
-torch.
+medians. What a peer cannot do here is told, not left out. Composer asks for an older torch: here it runs on
+the same as everybody, installed without what it depends on (`composer.txt`), hollow modules in place of
+torchvision and of the client of a cloud, neither of which is used.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.abc
+import importlib.machinery
 import json
 import os
 import platform
@@ -22,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -261,6 +265,61 @@ def skorch(w: Any, clock: Clock) -> None:
         net.fit(*w.data())
 
 
+def composer(w: Any, clock: Clock) -> None:
+    import torch
+    import torch.nn.functional as F
+    import torchmetrics  # noqa: F401  # looks for torchvision, which must not be found
+
+    sys.meta_path.append(Hollow())
+    from composer import Callback, ComposerModel, Trainer
+    from composer.algorithms import GradientClipping
+    from composer.loggers import InMemoryLogger
+    from composer.optim import CosineAnnealingScheduler
+    from torch.utils.data import DataLoader, TensorDataset
+    from workloads import torch_optimizer
+
+    class Model(ComposerModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = w.model()
+
+        def forward(self, batch: Any) -> torch.Tensor:
+            return self.model(batch[0])
+
+        def loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+            return F.cross_entropy(outputs, batch[1])
+
+    class Tick(Callback):
+        def batch_end(self, *_: Any) -> None:
+            clock.tick()
+
+    model = Model()
+    trainer = Trainer(
+        model=model, device="cpu", max_duration=f"{w.warm + w.timed}ba", progress_bar=False,
+        train_dataloader=DataLoader(TensorDataset(*w.data()), batch_size=w.batch, shuffle=True),
+        optimizers=torch_optimizer(w, model), schedulers=CosineAnnealingScheduler(),
+        step_schedulers_every_batch=True, algorithms=[GradientClipping("norm", 1.0)],
+        loggers=[InMemoryLogger()], callbacks=[Tick()],
+    )  # fmt: skip
+    trainer.fit()
+
+
+class Hollow(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds modules without contents, of which any name is an empty class."""
+
+    def find_spec(self, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
+        hollow = name.split(".")[0] in ("torchvision", "mcli")
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if hollow else None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        def empty(name: str) -> type:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return type(name, (), {})
+
+        module.__getattr__ = empty  # type: ignore[method-assign]
+
+
 def keras(w: Any, clock: Clock) -> None:
     os.environ["KERAS_BACKEND"] = "torch"
     import keras as K
@@ -337,6 +396,7 @@ CONTENDERS: dict[str, Callable[[Any, Clock], None]] = {
     "surefoot-bf16": from_loop("surefoot_bf16"),
     "lightning": lightning_trainer,
     "fabric": fabric,
+    "composer": composer,
     "huggingface": huggingface_trainer,
     "accelerate": accelerate,
     "ignite": ignite,
@@ -382,6 +442,7 @@ def environment() -> Path:
         ]
         subprocess.run([*install, *pins, "setuptools"], check=True)
         subprocess.run([*install, *pins, "-r", str(HERE / "peers.txt")], check=True)
+        subprocess.run([*install, "--no-deps", "-r", str(HERE / "composer.txt")], check=True)
         # fastai asks for torchvision, whose usual build does not fit torch's for CPUs; nothing here uses it
         subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "-y", "torchvision"], check=True)
         subprocess.run([*install, "--no-build-isolation", "-e", str(ROOT)], check=True)
@@ -394,7 +455,7 @@ def versions(python: Path) -> dict[str, str]:
     listed = subprocess.run(
         [python, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True
     )
-    wanted = {"torch", *(HERE / "peers.txt").read_text().split()}
+    wanted = {"torch", "mosaicml", *(HERE / "peers.txt").read_text().split()}
     return {p["name"]: p["version"] for p in json.loads(listed.stdout) if p["name"].lower() in wanted}
 
 
@@ -413,7 +474,7 @@ def one(workload: str, contender: str, *, threads: int) -> float:
         num_backward += 1
         backward(*arguments, **options)
 
-    torch.Tensor.backward = counted  # type: ignore[assignment]
+    torch.Tensor.backward = counted  # type: ignore[method-assign]
     CONTENDERS[contender](WORKLOADS[workload], clock)
     if not clock.us:
         raise RuntimeError(f"{contender} ended after {clock.done} updates")

@@ -9,9 +9,13 @@ from scenarios import accuracy, base, mixture, spoiling
 from torch import nn
 
 import surefoot as sf
+from surefoot.api import run_steps
+from surefoot.build import build
+from surefoot.course import replay
 from surefoot.guard.history import History, Intervention
 from surefoot.operations import Operations
 from surefoot.record.events import event_lineage
+from surefoot.record.folder import RunFolder
 
 
 def nan(x, y, ids):
@@ -88,6 +92,18 @@ def test_a_validation_at_the_step_of_an_alarm_is_made(tmp_path):
     assert [e["detector"] for e in events(tmp_path / "whole", "alarm")] == ["D6"]
     parts = stopped_and_continued(changed, tmp_path / "parts", 191)
     assert parts.digest == whole.digest
+
+
+def test_a_replay_notes_what_was_looked_into(tmp_path):
+    """Or the same suspicion would be raised again after it."""
+    slow = base(0, sf.Guard(), steps=300, optimizer=sf.SGD(lr=5e-5))
+    first, second = (build(slow, RunFolder(tmp_path / name), keep(450)) for name in ("first", "second"))
+    for _ in run_steps(first):
+        pass
+    assert [e["detector"] for e in events(tmp_path / "first", "alarm")] == ["D6"]
+    assert replay(second.run, 300, [], known=True) is None
+    assert second.run.parts.guard.reviewed == first.run.parts.guard.reviewed
+    assert second.run.parts.guard.reviewed.told_slow
 
 
 def test_an_alarm_in_the_last_step_does_not_cost_the_last_validation(tmp_path):

@@ -1,4 +1,4 @@
-"""Many compiled runs in one process: none keeps its model alive, and none goes on eagerly unsaid."""
+"""Many compiled runs in one process: none leaves its model or graph, and none goes on eagerly unsaid."""
 
 import gc
 import weakref
@@ -39,6 +39,21 @@ def test_a_run_that_has_ended_leaves_no_model(changes, tmp_path):
     models = [trained(tmp_path / str(i), **changes) for i in range(2)]
     gc.collect()
     assert [model() for model in models] == [None, None]
+
+
+def num_graphs():
+    gc.collect()
+    return sum(issubclass(type(one), torch.fx.GraphModule) for one in gc.get_objects())
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": radam}], ids=["whole step", "forward pass"])
+def test_a_run_that_has_ended_leaves_no_graph(changes, tmp_path):
+    """Which torch would keep, with its kernels and constants, for as long as the process lives."""
+    trained(tmp_path / "first", **changes)
+    before = num_graphs()
+    for i in range(2):
+        trained(tmp_path / str(i), **changes)
+    assert num_graphs() == before
 
 
 @limited(to=1)

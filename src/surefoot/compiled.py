@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
-from weakref import WeakSet, ref
+from weakref import WeakSet, finalize, ref
 
 import torch
 from torch import Tensor
@@ -138,10 +138,18 @@ class Compiled:
 
 def with_own_code(function: FunctionType) -> FunctionType:
     """The same function with a code object of its own: torch keeps there what it compiles, not more than
-    eight times, and then goes on eagerly; a process may make more runs than that.
+    eight times, and then goes on eagerly; a process may make more runs than that. And with names of its
+    own, of which nothing is left when the function goes: torch puts graphs among them, and keeps them.
     """
-    code, names = function.__code__.replace(), function.__globals__
-    return FunctionType(code, names, function.__name__, function.__defaults__, function.__closure__)
+    code, names = function.__code__.replace(), dict(function.__globals__)
+    own = FunctionType(code, names, function.__name__, function.__defaults__, function.__closure__)
+    finalize(own, _forget, names).atexit = False
+    return own
+
+
+def _forget(names: dict[str, Any]) -> None:
+    for name in names:  # not cleared: torch may take them out one by one later on
+        names[name] = None
 
 
 @contextmanager

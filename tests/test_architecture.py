@@ -18,6 +18,7 @@ LEVELS = [
     PARTS,
     {"state"},
     {"train_step"},
+    {"passes"},
     {"keep", "stopping", "blame", "traced"},
     {"graph"},
     {"captured"},

@@ -17,8 +17,8 @@ from surefoot.blame import unlike_others
 from surefoot.data.plan import Plan
 from surefoot.measure.readings import Readings
 from surefoot.optim.buffers import Buffers
+from surefoot.passes import seen_of
 from surefoot.prepare import prepare
-from surefoot.train_step import seen_of
 
 NUM, BATCH = 5000, 64
 

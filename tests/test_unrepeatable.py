@@ -17,9 +17,9 @@ import surefoot as sf
 from surefoot.api import result, run_steps
 from surefoot.build import build
 from surefoot.measure.readings import Readings
+from surefoot.passes import losses_of
 from surefoot.prepare import prepare
 from surefoot.record.folder import RunFolder
-from surefoot.train_step import losses_of
 
 EAGER = sf.Operations(compute={"compile": "off"}, progress="off")
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from surefoot.data.holes import leave_out
 from surefoot.guard.detect import MOST_GROWTH, STATISTICS_SPIKE
 from surefoot.optim.statistics import ENOUGH_ROWS, worst
-from surefoot.train_step import Parts, Probe, losses_of, probe, seen_of
+from surefoot.passes import Probe, losses_of, probe, seen_of
+from surefoot.train_step import Parts
 from surefoot.types import HOLE, Minibatch, leaves, take_rows
 
 _MOST = 8

@@ -25,8 +25,9 @@ from surefoot.captured import Captured
 from surefoot.compiled import forget_failed_traces, with_own_code
 from surefoot.errors import OperationsError, SurefootError
 from surefoot.graph import Graph, form
+from surefoot.passes import losses_of, probe
 from surefoot.protocols import Objective
-from surefoot.train_step import losses_of, pieces_of, probe
+from surefoot.train_step import pieces_of
 from surefoot.trials import (
     ELSEWHERE,
     Trial,

@@ -31,8 +31,9 @@ from surefoot.guard.history import History, Intervention
 from surefoot.guard.review import Alarm
 from surefoot.guard.stop import Stop
 from surefoot.optim.schedules import Resolved
+from surefoot.passes import losses_of, probe
 from surefoot.state import RunState
-from surefoot.train_step import Parts, losses_of, probe
+from surefoot.train_step import Parts
 from surefoot.types import Minibatch, Slots
 
 EVERY = 200

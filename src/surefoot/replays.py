@@ -24,13 +24,13 @@ from surefoot.environment import differing, of_attempt
 from surefoot.errors import RunDirectoryError, StateError
 from surefoot.heal import REMEMBERED
 from surefoot.operations import Operations
+from surefoot.passes import gradient_norms, losses_of
 from surefoot.prepare import prepare
 from surefoot.recipe import Recipe
 from surefoot.record.columns import COLUMNS, Columns
 from surefoot.record.folder import RunFolder
 from surefoot.resume import same_run
 from surefoot.run import RunView
-from surefoot.train_step import gradient_norms, losses_of
 from surefoot.types import HOLE, Tree
 
 _OF_THE_MACHINE = {"attempt", "micro_batches", "data_wait_s", "step_s", "wall_s", "cost", "time_s"}

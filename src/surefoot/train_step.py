@@ -8,10 +8,8 @@ split has the same gradient.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -28,7 +26,6 @@ from surefoot.measure.profile import phase
 from surefoot.optim.buffers import Buffers
 from surefoot.optim.gradients import global_norm, norms_of
 from surefoot.optim.precision import Precision
-from surefoot.optim.statistics import Grown, Seen, worst
 from surefoot.optim.update import Updater
 from surefoot.parallel.device import Kernels
 from surefoot.protocols import GradientTransform, Objective, Strategy
@@ -115,7 +112,7 @@ def train_step(
         RecipeError: the objective returned something else than one loss per sample.
     """
     parts.buffers.remember()
-    loss, trained, grads, num_micro = _gradients(parts, batch, each, inside)
+    loss, trained, grads, num_micro = gradients(parts, batch, each, inside)
     scale = parts.precision.scale
     norms = norms_of(grads)
     grad_norm = norm = torch.linalg.vector_norm(norms)
@@ -156,7 +153,7 @@ def train_step(
     )  # fmt: skip
 
 
-def _gradients(
+def gradients(
     parts: Parts, batch: Minibatch, each: list[Tensor] | None = None, inside: Inside | None = None
 ) -> tuple[Tensor, list[nn.Parameter], list[Tensor], int]:
     """The loss of the batch, the parameters that get a gradient, these, and the number of passes."""
@@ -168,7 +165,7 @@ def _gradients(
             param.grad = None
         return accumulate(parts, batch, each, inside)
 
-    loss, num_micro = _repeatable(parts, batch, passes, captured=inside is not None)
+    loss, num_micro = repeatable(parts, batch, passes, captured=inside is not None)
     pairs = [(param, grad) for param in parts.params if (grad := param.grad) is not None]
     trained, grads = [param for param, _ in pairs], [grad for _, grad in pairs]
     if not grads:
@@ -187,7 +184,7 @@ def _gradients(
     return loss, trained, grads, num_micro
 
 
-def _repeatable(parts: Parts, batch: Minibatch, passes: Callable[[], _T], *, captured: bool = False) -> _T:
+def repeatable(parts: Parts, batch: Minibatch, passes: Callable[[], _T], *, captured: bool = False) -> _T:
     """What passes return, by kernels that repeat; where an operation has none, taken again by any, but for
     passes that are being captured: they leave what they have begun in the graph.
     """
@@ -200,84 +197,15 @@ def _repeatable(parts: Parts, batch: Minibatch, passes: Callable[[], _T], *, cap
     except RuntimeError as error:
         if not kernels.refused(error, step=batch.slots.step) or captured:
             raise
-    _undo(parts, whole=False)
+    undo(parts, whole=False)
     parts.buffers.remember()
     return passes()
 
 
-class Probe(NamedTuple):
-    """What the guard would decide a step by. growths: of each batch norm's running statistics."""
-
-    loss: float
-    grad_norm: float
-    growths: list[Grown]
-
-    @property
-    def growth(self) -> float:
-        """Of the one that grows most; 1 without any."""
-        return self.growths[worst(self.growths)].growth if self.growths else 1.0
-
-
-def probe(parts: Parts, batch: Minibatch, *, each: list[Tensor] | None = None) -> Probe:
-    """What a step with this batch would have; nothing is changed. The samples' losses go into `each`."""
-    with _undone(parts):
-        loss, _, grads, _ = _gradients(parts, batch, each)
-        return Probe(loss.item(), global_norm(grads).item(), parts.buffers.growths())
-
-
-def gradient_norms(parts: Parts, batch: Minibatch) -> list[float]:
-    """2-norm of the gradient of each of `parts.params` in a step with this batch, before clipping; NaN
-    where it has none. Nothing is changed.
-    """
-    with _undone(parts):
-        _gradients(parts, batch)
-    return [math.nan if p.grad is None else torch.linalg.vector_norm(p.grad).item() for p in parts.params]
-
-
-def losses_of(parts: Parts, batch: Minibatch) -> Tensor:
-    """The loss of each sample, float64[B], in a step with this batch; nothing is changed."""
-    with _undone(parts):
-        return _repeatable(parts, batch, lambda: _only_forward(parts, batch))
-
-
-def seen_of(parts: Parts, batch: Minibatch) -> list[Seen]:
-    """What each batch norm sees of this batch alone; nothing is changed."""
-
-    def passes() -> list[Seen]:
-        parts.buffers.forget_statistics()
-        _only_forward(parts, batch)
-        return parts.buffers.seen()
-
-    with _undone(parts):
-        return _repeatable(parts, batch, passes)
-
-
-@contextmanager
-def _undone(parts: Parts) -> Iterator[None]:
-    """What passes do to buffers within it is undone."""
-    whole = False
-    parts.buffers.remember()
-    try:
-        yield
-        whole = True
-    finally:
-        _undo(parts, whole=whole)
-
-
-def _undo(parts: Parts, *, whole: bool) -> None:
+def undo(parts: Parts, *, whole: bool) -> None:
+    """Undoes what passes did to buffers since `Buffers.remember`. whole: none of them was cut short."""
     no = torch.tensor(False, device=parts.device)
     parts.buffers.settle(no, on_host=no.is_cpu, whole=whole)
-
-
-def _only_forward(parts: Parts, batch: Minibatch) -> Tensor:
-    """The loss of each sample, float64[B]."""
-    found = []
-    for piece in pieces_of(parts, batch):
-        if piece.begins_micro:
-            seed_generators(word(word(parts.draws, batch.slots.step), piece.micro), parts.device)
-        with parts.precision.forward(), parts.precision.attention():
-            found.append(losses_and_weights(parts, piece.data, piece.num_rows)[0].detach().double())
-    return torch.cat(found)
 
 
 def accumulate(

@@ -19,8 +19,9 @@ from surefoot.errors import SurefootError
 from surefoot.graph import Graph
 from surefoot.keys import word
 from surefoot.optim.functional import known
+from surefoot.passes import losses_of, probe
 from surefoot.state import RunState
-from surefoot.train_step import Parts, losses_of, pieces_of, probe, seed_generators, train_step
+from surefoot.train_step import Parts, pieces_of, seed_generators, train_step
 from surefoot.types import Minibatch, leaves
 from surefoot.unchanged import BACKWARD_HOOKS, HOOKS, Unchanged, hooked
 

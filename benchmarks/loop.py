@@ -27,7 +27,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,17 +107,16 @@ def run_tune(workload_name: str, *, threads: int) -> dict[str, Any]:
 
 def run_one(workload_name: str, contender: str, *, threads: int) -> float:
     import torch
+    from turns import Window
     from workloads import WORKLOADS
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     workload = WORKLOADS[workload_name]
-    begun = 0.0
-    for done, _ in enumerate(globals()[contender.replace("-", "_")](workload), start=1):
-        if done == workload.warm:
-            begun = time.perf_counter()
-        if done == workload.warm + workload.timed:
-            return 1e6 * (time.perf_counter() - begun) / workload.timed
+    window = Window(workload.warm, workload.timed)
+    for done in globals()[contender.replace("-", "_")](workload):
+        if window.tick(done):
+            return window.us
     raise AssertionError("the contender stopped early")
 
 
@@ -167,16 +165,15 @@ def bare(w):
 
 
 def surefoot(w, *, settings=None, total=0, **changes):
-    from turns import by_update
-
     from surefoot.api import run_steps
     from surefoot.build import build
     from surefoot.record.folder import RunFolder
 
-    recipe = recipe_of(w, until=total or w.warm + w.timed + 1, **changes)
+    recipe = recipe_of(w, until=total or w.warm + w.timed + 100, **changes)
     with tempfile.TemporaryDirectory() as folder:
         built = build(recipe, RunFolder(f"{folder}/run"), operations(settings or {}))
-        yield from by_update(run_steps(built))
+        for outcome in run_steps(built):
+            yield outcome.step + 1
 
 
 def surefoot_fused(w):

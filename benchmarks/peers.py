@@ -7,8 +7,9 @@ Makes an environment of its own, ``.venv-peers``, with `peers.txt`. Every conten
 the same data in its own idiom: shuffled, SGD or AdamW, clipping at norm 1, a cosine rate per step, the loss
 logged each step, no checkpoints and no progress bar. Each in a process of its own, in interleaved rounds;
 medians. What a peer cannot do here is told, not left out. Composer asks for an older torch: here it runs on
-the same as everybody, installed without what it depends on (`composer.txt`), hollow modules in place of
-torchvision and of the client of a cloud, neither of which is used.
+the same as everybody, without its own requirements (`composer.txt` has what it imports), and with hollow
+modules in place of torchvision and its cloud's client, neither of which is used. That each update has a
+backward pass is counted, which takes everybody but surefoot some 0.2 us.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from turns import Window
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -39,38 +41,21 @@ class DoneError(Exception):
     """All updates are timed."""
 
 
-class Clock:
-    """Times updates; `tick` after each."""
-
-    def __init__(self, w: Any) -> None:
-        self.w, self.done, self.begun, self.us = w, 0, 0.0, 0.0
-
-    def tick(self) -> bool:
-        """Whether that is all."""
-        self.done += 1
-        if self.done == self.w.warm:
-            self.begun = time.perf_counter()
-        if self.done == self.w.warm + self.w.timed:
-            self.us = 1e6 * (time.perf_counter() - self.begun) / self.w.timed
-            return True
-        return False
-
-
 # ---------------------------------------------------------------------------------- contenders
 
 
-def from_loop(name: str) -> Callable[[Any, Clock], None]:
-    def run(w: Any, clock: Clock) -> None:
+def from_loop(name: str) -> Callable[[Any, Window], None]:
+    def run(w: Any, clock: Window) -> None:
         import loop
 
-        for _ in getattr(loop, name)(w):
-            if clock.tick():
+        for done in getattr(loop, name)(w):
+            if clock.tick(done):
                 return
 
     return run
 
 
-def lightning_trainer(w: Any, clock: Clock) -> None:
+def lightning_trainer(w: Any, clock: Window) -> None:
     import lightning as L
     import torch
     import torch.nn.functional as F
@@ -109,7 +94,7 @@ def lightning_trainer(w: Any, clock: Clock) -> None:
         trainer.fit(Module(), DataLoader(TensorDataset(*w.data()), batch_size=w.batch, shuffle=True))
 
 
-def fabric(w: Any, clock: Clock) -> None:
+def fabric(w: Any, clock: Window) -> None:
     import torch
     import torch.nn.functional as F
     from lightning.fabric import Fabric
@@ -137,7 +122,7 @@ def fabric(w: Any, clock: Clock) -> None:
                 return
 
 
-def accelerate(w: Any, clock: Clock) -> None:
+def accelerate(w: Any, clock: Window) -> None:
     import torch
     import torch.nn.functional as F
     from accelerate import Accelerator
@@ -164,7 +149,7 @@ def accelerate(w: Any, clock: Clock) -> None:
                 return
 
 
-def huggingface_trainer(w: Any, clock: Clock) -> None:
+def huggingface_trainer(w: Any, clock: Window) -> None:
     import torch
     import torch.nn.functional as F
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -207,7 +192,7 @@ def huggingface_trainer(w: Any, clock: Clock) -> None:
         trainer.train()
 
 
-def ignite(w: Any, clock: Clock) -> None:
+def ignite(w: Any, clock: Window) -> None:
     import torch
     import torch.nn.functional as F
     from ignite.engine import Engine, Events
@@ -241,7 +226,7 @@ def ignite(w: Any, clock: Clock) -> None:
     engine.run(loader, max_epochs=10_000)
 
 
-def skorch(w: Any, clock: Clock) -> None:
+def skorch(w: Any, clock: Window) -> None:
     import torch
     from skorch import NeuralNet
     from skorch.callbacks import Callback, GradientNormClipping, LRScheduler
@@ -265,7 +250,7 @@ def skorch(w: Any, clock: Clock) -> None:
         net.fit(*w.data())
 
 
-def composer(w: Any, clock: Clock) -> None:
+def composer(w: Any, clock: Window) -> None:
     import torch
     import torch.nn.functional as F
     import torchmetrics  # noqa: F401  # looks for torchvision, which must not be found
@@ -304,23 +289,7 @@ def composer(w: Any, clock: Clock) -> None:
     trainer.fit()
 
 
-class Hollow(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds modules without contents, of which any name is an empty class."""
-
-    def find_spec(self, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
-        hollow = name.split(".")[0] in ("torchvision", "mcli")
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if hollow else None
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        def empty(name: str) -> type:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return type(name, (), {})
-
-        module.__getattr__ = empty  # type: ignore[method-assign]
-
-
-def keras(w: Any, clock: Clock) -> None:
+def keras(w: Any, clock: Window) -> None:
     os.environ["KERAS_BACKEND"] = "torch"
     import keras as K
     import torch
@@ -352,7 +321,7 @@ def keras(w: Any, clock: Clock) -> None:
         model.fit(x, y, batch_size=w.batch, epochs=10_000, verbose=0, callbacks=[Tick()])
 
 
-def fastai(w: Any, clock: Clock) -> None:
+def fastai(w: Any, clock: Window) -> None:
     from functools import partial
 
     from fastai.callback.core import Callback, CancelFitException, CancelValidException
@@ -386,7 +355,23 @@ def fastai(w: Any, clock: Clock) -> None:
         learner.fit(epochs, cbs=[])
 
 
-CONTENDERS: dict[str, Callable[[Any, Clock], None]] = {
+class Hollow(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds modules without contents, of which any name is an empty class."""
+
+    def find_spec(self, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
+        hollow = name.split(".")[0] in ("torchvision", "mcli")
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if hollow else None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        def empty(name: str) -> type:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return type(name, (), {})
+
+        module.__getattr__ = empty  # type: ignore[method-assign]
+
+
+CONTENDERS: dict[str, Callable[[Any, Window], None]] = {
     "loop": from_loop("loop"),
     "bare": from_loop("bare"),
     "surefoot": from_loop("surefoot"),
@@ -434,7 +419,9 @@ def main() -> None:
 def environment() -> Path:
     """Python of the peers' environment, made if need be."""
     python = ENVIRONMENT / "bin" / "python"
-    if not (ENVIRONMENT / ".ready").exists():
+    asked = "".join((HERE / name).read_text() for name in ("peers.txt", "composer.txt"))
+    ready = ENVIRONMENT / ".ready"
+    if not ready.exists() or ready.read_text() != asked:
         subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
         install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         pins = [
@@ -446,7 +433,7 @@ def environment() -> Path:
         # fastai asks for torchvision, whose usual build does not fit torch's for CPUs; nothing here uses it
         subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "-y", "torchvision"], check=True)
         subprocess.run([*install, "--no-build-isolation", "-e", str(ROOT)], check=True)
-        (ENVIRONMENT / ".ready").touch()
+        ready.write_text(asked)
     return python
 
 
@@ -466,7 +453,7 @@ def one(workload: str, contender: str, *, threads: int) -> float:
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    clock = Clock(WORKLOADS[workload])
+    clock = Window(WORKLOADS[workload].warm, WORKLOADS[workload].timed)
     backward, num_backward = torch.Tensor.backward, 0
 
     def counted(*arguments: Any, **options: Any) -> None:

@@ -36,6 +36,27 @@ def by_update(outcomes: Iterator[Any]) -> Iterator[None]:
         done = outcome.step + 1
 
 
+class Window:
+    """Times some updates: from the first moment at which `warm` are done to the first at which `timed` more
+    are. Those of a run may be several at a time, so that it begins and ends where they are told of.
+    """
+
+    def __init__(self, warm: int, timed: int) -> None:
+        self._warm, self._timed = warm, timed
+        self._first, self._begun = 0, 0.0
+        self.done, self.us = 0, 0.0
+
+    def tick(self, done: int | None = None) -> bool:
+        """Whether that is all; us: microseconds per update then. done: so many are, if not one more."""
+        self.done = self.done + 1 if done is None else done
+        if not self._first:
+            if self.done >= self._warm:
+                self._first, self._begun = self.done, time.perf_counter()
+        elif self.done >= self._first + self._timed:
+            self.us = 1e6 * (time.perf_counter() - self._begun) / (self.done - self._first)
+        return self.us > 0
+
+
 def ratio(times: Mapping[str, Sequence[float]], one: str, other: str) -> float:
     """Median of the ratios of neighbouring turns."""
     return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))

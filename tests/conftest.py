@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import nn
 from zygote import Command
 
 import surefoot as sf
+from surefoot.checkpoint.kept import list_checkpoints
 
 hypothesis.settings.register_profile("no clock", deadline=None)  # machines are slow at times
 hypothesis.settings.load_profile("no clock")
@@ -70,18 +72,19 @@ def fit(tmp_path: Path) -> Callable[..., sf.Result]:
     return run
 
 
-def copied(run: Path, to: Path) -> Path:
+def copied(run: Path, to: Path, *, step: int = 0) -> Path:
     """A copy of a run that is between two steps, as a kill would leave it there: taken once no file of it
-    is half written or half removed, and again if one went while it was taken.
+    is half written or half removed, and the state after `step` updates is written; and again if a file went
+    while it was taken.
     """
     for _ in range(600):
-        if not list(run.rglob(".*")):
-            try:
+        with suppress(shutil.Error, FileNotFoundError):
+            newest = max((c.step for c in list_checkpoints(run / "checkpoints")), default=0)
+            if not list(run.rglob(".*")) and newest >= step:
                 return Path(shutil.copytree(run, to, ignore=shutil.ignore_patterns("LOCK", "BALLAST")))
-            except shutil.Error:
-                shutil.rmtree(to)
+        shutil.rmtree(to, ignore_errors=True)
         time.sleep(0.05)
-    raise TimeoutError(f"{run} does not come to rest: {sorted(map(str, run.rglob('.*')))}")
+    raise TimeoutError(f"{run} does not come to rest")
 
 
 def surefoot_process(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:

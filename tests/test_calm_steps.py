@@ -155,7 +155,7 @@ def test_a_run_that_was_killed_goes_on_with_calm_steps(tmp_path, monkeypatch, mo
     changed = recipe(guard=sf.Guard(mode), until=900)
     for outcome in sf.steps(changed, out=tmp_path / "run", operations=compiled(checkpoint={"every": 300})):
         if outcome.step == 350:
-            copied(tmp_path / "run", tmp_path / "copy")
+            copied(tmp_path / "run", tmp_path / "copy", step=300)
     built = build(changed, RunFolder(tmp_path / "copy"), compiled())
     assert built.run.before
     assert counted(built, monkeypatch) > 300

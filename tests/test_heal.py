@@ -900,7 +900,7 @@ def continued_after_a_kill(tmp_path, *, during=None, after=None, **changes):
         if outcome.step == 450 and during is not None:
             during(outcome.model)
         if outcome.step == 470:
-            copied(tmp_path / "run", tmp_path / "killed")
+            copied(tmp_path / "run", tmp_path / "killed", step=400)
             break
     built = build(changed, RunFolder(tmp_path / "killed"), Operations(**often))
     assert built.state.step == 400

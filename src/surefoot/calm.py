@@ -86,6 +86,8 @@ def next_batch(batches: Iterator[Minibatch], stop: StopRequest, clock: Clock) ->
     asked = time.perf_counter()
     try:
         stop.waiting = True
+        if stop.reason:  # of a signal that came after the last look, and before it could end the wait
+            raise NoLongerWaiting
         with phase("data"):
             return next(batches)
     except RuntimeError:

@@ -148,8 +148,7 @@ def with_own_code(function: FunctionType) -> FunctionType:
 
 
 def _forget(names: dict[str, Any]) -> None:
-    for name in names:  # not cleared: torch may take them out one by one later on
-        names[name] = None
+    names.update(dict.fromkeys(names))  # not cleared: torch may take them out one by one later on
 
 
 @contextmanager

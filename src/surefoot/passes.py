@@ -1,4 +1,4 @@
-"""Passes with a batch that change nothing: what a step with it would have, of samples and layers."""
+"""Passes with a batch that leave the run as it is: what a step would have, and its samples and layers."""
 
 from __future__ import annotations
 

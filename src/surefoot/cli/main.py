@@ -58,8 +58,6 @@ def main() -> None:
     try:
         app(prog_name="surefoot")
     except _Interrupted:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one changes nothing any more
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         err.print("interrupted")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # for what may hang while the interpreter ends
         sys.exit(INTERRUPTED)
@@ -75,6 +73,8 @@ class _Interrupted(BaseException):
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one changes nothing any more
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise _Interrupted
 
 

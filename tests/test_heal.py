@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from surefoot.data.plan import Plan
 from surefoot.guard.detect import LOSS_SPIKE, NOT_FINITE
 from surefoot.guard.history import History, Intervention
 from surefoot.guard.judge import Judge
-from surefoot.guard.review import Alarm
+from surefoot.guard.review import Alarm, has_gone_wrong
 from surefoot.guard.watch import Watch
 from surefoot.heal import Healer
 from surefoot.operations import Operations
@@ -698,6 +699,64 @@ def test_a_run_that_is_watched_is_not_taken_back_to_look_into_it(tmp_path):
         pass
     assert result(built).status == "finished"
     assert [e["detector"] for e in events(tmp_path / "run", "alarm")] == ["D6"]
+
+
+def tuned():
+    """A model that has been trained on these samples goes on with a small rate."""
+    x, y = mixture(0, 4000)
+    torch.manual_seed(0)
+    before, inputs, targets = mlp(), torch.from_numpy(x), torch.from_numpy(y)
+    optimizer = torch.optim.Adam(before.parameters(), 3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(before(inputs), targets).backward()
+        optimizer.step()
+    return base(0, sf.Guard(), steps=400, model=lambda: deepcopy(before), optimizer=sf.SGD(lr=1e-4))
+
+
+def hopeless():
+    x, _ = mixture(0, 400 * 64)
+    y = np.random.default_rng(1).integers(0, 10, len(x))
+    return with_data(base(0, sf.Guard()), x, y, 400)
+
+
+@pytest.mark.parametrize("changed", [tuned, hopeless], ids=["tuned", "hopeless"])
+def test_a_run_in_which_nothing_went_wrong_is_not_taken_back(tmp_path, monkeypatch, changed):
+    """It would cost ten times its first 200 updates, and find nothing."""
+    monkeypatch.delattr(Healer, "_again")
+    done = sf.fit(changed(), out=tmp_path / "run")
+    assert done.status == "finished"
+    assert [e["detector"] for e in events(tmp_path / "run", "alarm")] == ["D6"]
+
+
+def series(n=200, *, first=2.3, then=2.3, high=0, norm=1.0, last_norm=1.0):
+    """Losses with a little noise, `high` of them after the first five times it; and norms."""
+    rng = np.random.default_rng(0)
+    losses = then + 0.02 * rng.normal(size=n)
+    losses[1 : 1 + high] = 5 * first
+    norms = np.linspace(norm, last_norm, n) + 0.02 * rng.normal(size=n)
+    return first, losses.tolist(), norms.tolist()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "wrong"),
+    [
+        (series(), False),
+        (series(then=2.8), False),
+        (series(then=3.6), True),
+        (series(high=2), False),
+        (series(high=4), True),
+        (series(last_norm=0.5), False),
+        (series(last_norm=-0.1), True),
+        (series(last_norm=6.0), True),
+        (series(n=100), True),
+    ],
+)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_what_counts_as_having_gone_wrong(numbers, wrong, scale):
+    first, losses, norms = numbers
+    losses = [math.nan, *(scale * loss for loss in losses), math.inf]
+    assert has_gone_wrong(scale * first, losses, [1.0, *norms, 1.0]) is wrong
 
 
 def test_a_run_that_its_first_batch_broke_is_healed_though_single_losses_are_huge(tmp_path):

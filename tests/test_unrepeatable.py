@@ -35,21 +35,23 @@ class Unrepeatable(nn.Module):
 
 
 @pytest.mark.parametrize("lag", [0, 8])
-def test_a_slow_run_goes_on(tmp_path, monkeypatch, lag):
+@pytest.mark.parametrize("lr", [1e-6, 10.0], ids=["slow", "too fast"])
+def test_a_run_that_learns_nothing_goes_on(tmp_path, monkeypatch, lr, lag):
+    """There is nothing to be learned. It is looked into if the rate did harm."""
     begin = Readings.__init__
     monkeypatch.setattr(Readings, "__init__", lambda self, on: begin(self, on) or setattr(self, "lag", lag))
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(2000, 8)).astype("float32"), rng.integers(0, 3, 2000)
     changed = recipe(
-        model=lambda: Unrepeatable(nn.Linear(8, 3)),
+        model=lambda: Unrepeatable(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3))),
         data=sf.Arrays(x, y),
-        optimizer=sf.SGD(lr=1e-6),
+        optimizer=sf.SGD(lr=lr),
         until=1000,
     )
     done = sf.fit(changed, out=tmp_path / "run")
     (told,) = events(done.run_dir, "alarm")
     assert told["detector"] == "D6"
-    assert "otherwise each time" in told["reason"]
+    assert ("otherwise each time" in told["reason"]) == (lr == 10.0)
     assert events(done.run_dir, "rolled_back") == []
     assert done.status == "finished"
 

@@ -28,7 +28,7 @@ from surefoot.data.feed import Feed
 from surefoot.data.holes import leave_out
 from surefoot.errors import StateError
 from surefoot.guard.history import History, Intervention
-from surefoot.guard.review import Alarm
+from surefoot.guard.review import Alarm, has_gone_wrong
 from surefoot.guard.stop import Stop
 from surefoot.optim.schedules import Resolved
 from surefoot.passes import losses_of, probe
@@ -183,6 +183,8 @@ class Healer:
         slow, resumed = alarm.detector == "D6", alarm.detector == "D7"
         if not slow and not resumed and self._weights_are_sound(alarm):
             return self._bear(alarm)
+        if slow and not self.doubts and not self._has_gone_wrong(alarm):
+            return alarm.reason
         rollbacks = [i for i in before.interventions if i.kind == "rollback"]
         if sum(i.at > alarm.step - _WINDOW for i in rollbacks) >= rules.max_rollbacks:
             return Stop(
@@ -275,6 +277,12 @@ class Healer:
             if not (math.isfinite(norm) and now <= loss + max(0.5 * abs(loss), 0.1 * first)):
                 return False
         return True
+
+    def _has_gone_wrong(self, alarm: Alarm) -> bool:
+        """Whether a run whose loss has not come down was harmed by its updates, or had come down before."""
+        reviewed, rows = self.parts.guard.reviewed, [row for row in self.rows if row.step <= alarm.step]
+        losses, norms = [row.loss for row in rows], [row.grad_norm for row in rows]
+        return reviewed.has_learned() or has_gone_wrong(reviewed.first, losses, norms)
 
     def _learns_better(self, losses: list[float], untreated: list[float]) -> bool:
         """Whether the loss comes down, and these last losses are below the untreated ones by more than

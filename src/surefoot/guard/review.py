@@ -7,6 +7,7 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, NamedTuple
 
 from surefoot.guard.detect import BLOCK, BURN_IN, FINE, NOT_FINITE, SAT_OUT
@@ -19,6 +20,11 @@ _SKIPS = (1 << _OF_STEPS) - 1
 _HARD_STREAK = 4
 _COLLAPSE_BLOCKS, _COME_DOWN = 6, 0.1
 _COLLAPSE_STEPS = _COLLAPSE_BLOCKS * BLOCK
+_LATE, _A_FEW = _COLLAPSE_STEPS // 2, 5  # steps
+_RISEN = 0.5  # of the first loss
+_FAR_ABOVE = 3.0  # deviations
+_VANISHED, _LONGER = 0.2, 3.0  # times the length of the first gradients
+_LEAST = 1e-30
 
 Detector = str
 """``D0`` state not finite (raised by `heal`), ``D3`` level divergence, ``D4`` skip rate, ``D5`` hard
@@ -33,6 +39,33 @@ class Alarm(NamedTuple):
     step: int
     onset: int
     reason: str
+
+
+def has_gone_wrong(first: float, losses: Sequence[float], norms: Sequence[float]) -> bool:
+    """Whether a run whose loss has not come down was harmed by its updates: the loss is half again above
+    where it began, or for some steps was well above that and where it is now; or the gradient has all but
+    vanished, or is several times as long. Else the run is slow, or tunes a model that does well already, or
+    there is nothing to be learned: going back, and on more gently, would not help.
+
+    Args:
+        first: the loss before the first update.
+        losses, norms: of all steps, as far as they are remembered; of the gradient, before clipping.
+    """
+    finite = [math.isfinite(a) and math.isfinite(b) for a, b in zip(losses, norms, strict=True)]
+    losses, norms = list(compress(losses, finite)), list(compress(norms, finite))
+    if len(losses) < _LATE + _A_FEW:
+        return True
+    late = losses[-_LATE:]
+    now = statistics.median(late)
+    spread = 1.4826 * statistics.median(abs(loss - now) for loss in late)
+    levels = [statistics.median(losses[i : i + _A_FEW]) for i in range(len(losses) - _A_FEW + 1)]
+    early, usual = max(levels[: len(losses) - _LATE]), max(levels[len(losses) - _LATE :])
+    length = statistics.median(norms[-_LATE:]) / max(statistics.median(norms[:_A_FEW]), _LEAST)
+    return (
+        now > first + _RISEN * abs(first)
+        or early > max(first + _COME_DOWN * abs(first), usual + _FAR_ABOVE * spread)
+        or not _VANISHED <= length <= _LONGER
+    )
 
 
 @dataclass
@@ -157,6 +190,10 @@ class Review:
     def learns(self) -> bool:
         """Whether the loss has come down from where it began."""
         return self._is_below_first(statistics.median(self.losses))
+
+    def has_learned(self) -> bool:
+        """Whether the loss had ever come down from where it began."""
+        return self._is_below_first(self.best + self.best_spread)
 
     def _is_below_first(self, loss: float) -> bool:
         """By what counts as having come down."""

@@ -729,11 +729,11 @@ def test_a_run_in_which_nothing_went_wrong_is_not_taken_back(tmp_path, monkeypat
     assert [e["detector"] for e in events(tmp_path / "run", "alarm")] == ["D6"]
 
 
-def series(n=200, *, first=2.3, then=2.3, high=0, norm=1.0, last_norm=1.0):
-    """Losses with a little noise, `high` of them after the first five times it; and norms."""
+def series(n=200, *, first=2.3, then=2.3, num=0, far=5.0, norm=1.0, last_norm=1.0):
+    """Losses with a little noise, `num` of them after the first `far` times it; and norms."""
     rng = np.random.default_rng(0)
     losses = then + 0.02 * rng.normal(size=n)
-    losses[1 : 1 + high] = 5 * first
+    losses[1 : 1 + num] = far * first
     norms = np.linspace(norm, last_norm, n) + 0.02 * rng.normal(size=n)
     return first, losses.tolist(), norms.tolist()
 
@@ -744,8 +744,12 @@ def series(n=200, *, first=2.3, then=2.3, high=0, norm=1.0, last_norm=1.0):
         (series(), False),
         (series(then=2.8), False),
         (series(then=3.6), True),
-        (series(high=2), False),
-        (series(high=4), True),
+        (series(num=2), False),
+        (series(num=4), True),
+        (series(num=4, far=1.05), False),
+        (series(num=2, far=0.5), False),
+        (series(num=4, far=0.5), True),
+        (series(num=4, far=0.95), False),
         (series(last_norm=0.5), False),
         (series(last_norm=-0.1), True),
         (series(last_norm=6.0), True),

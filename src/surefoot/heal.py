@@ -279,10 +279,10 @@ class Healer:
         return True
 
     def _has_gone_wrong(self, alarm: Alarm) -> bool:
-        """Whether a run whose loss has not come down was harmed by its updates, or had come down before."""
-        reviewed, rows = self.parts.guard.reviewed, [row for row in self.rows if row.step <= alarm.step]
+        """Whether the updates up to an alarm did harm, as far as rows are remembered."""
+        rows = [row for row in self.rows if row.step <= alarm.step]
         losses, norms = [row.loss for row in rows], [row.grad_norm for row in rows]
-        return reviewed.has_learned() or has_gone_wrong(reviewed.first, losses, norms)
+        return has_gone_wrong(self.parts.guard.reviewed.first, losses, norms)
 
     def _learns_better(self, losses: list[float], untreated: list[float]) -> bool:
         """Whether the loss comes down, and these last losses are below the untreated ones by more than

@@ -22,7 +22,7 @@ _COLLAPSE_BLOCKS, _COME_DOWN = 6, 0.1
 _COLLAPSE_STEPS = _COLLAPSE_BLOCKS * BLOCK
 _LATE, _A_FEW = _COLLAPSE_STEPS // 2, 5  # steps
 _RISEN = 0.5  # of the first loss
-_FAR_ABOVE = 3.0  # deviations
+_FAR_OFF = 3.0  # deviations
 _VANISHED, _LONGER = 0.2, 3.0  # times the length of the first gradients
 _LEAST = 1e-30
 
@@ -43,9 +43,9 @@ class Alarm(NamedTuple):
 
 def has_gone_wrong(first: float, losses: Sequence[float], norms: Sequence[float]) -> bool:
     """Whether a run whose loss has not come down was harmed by its updates: the loss is half again above
-    where it began, or for some steps was well above that and where it is now; or the gradient has all but
-    vanished, or is several times as long. Else the run is slow, or tunes a model that does well already, or
-    there is nothing to be learned: going back, and on more gently, would not help.
+    where it began, or for some steps was well above, or below, both that and where it is now; or the
+    gradient has all but vanished, or is several times as long. Else the run is slow, or tunes a model that
+    does well already, or there is nothing to be learned: going back, and on more gently, would not help.
 
     Args:
         first: the loss before the first update.
@@ -59,11 +59,13 @@ def has_gone_wrong(first: float, losses: Sequence[float], norms: Sequence[float]
     now = statistics.median(late)
     spread = 1.4826 * statistics.median(abs(loss - now) for loss in late)
     levels = [statistics.median(losses[i : i + _A_FEW]) for i in range(len(losses) - _A_FEW + 1)]
-    early, usual = max(levels[: len(losses) - _LATE]), max(levels[len(losses) - _LATE :])
+    early, usual = levels[: len(losses) - _LATE], levels[len(losses) - _LATE :]
+    least, far = _COME_DOWN * abs(first), _FAR_OFF * spread
     length = statistics.median(norms[-_LATE:]) / max(statistics.median(norms[:_A_FEW]), _LEAST)
     return (
         now > first + _RISEN * abs(first)
-        or early > max(first + _COME_DOWN * abs(first), usual + _FAR_ABOVE * spread)
+        or max(early) > max(first + least, max(usual) + far)
+        or min(early) < min(first - least, min(usual) - far)
         or not _VANISHED <= length <= _LONGER
     )
 
@@ -190,10 +192,6 @@ class Review:
     def learns(self) -> bool:
         """Whether the loss has come down from where it began."""
         return self._is_below_first(statistics.median(self.losses))
-
-    def has_learned(self) -> bool:
-        """Whether the loss had ever come down from where it began."""
-        return self._is_below_first(self.best + self.best_spread)
 
     def _is_below_first(self, loss: float) -> bool:
         """By what counts as having come down."""

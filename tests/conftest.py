@@ -23,7 +23,9 @@ from zygote import Command
 import surefoot as sf
 from surefoot.checkpoint.kept import list_checkpoints
 
-hypothesis.settings.register_profile("no clock", deadline=None)  # machines are slow at times
+hypothesis.settings.register_profile(  # machines are slow at times
+    "no clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("no clock")
 
 ROOT = Path(__file__).parent.parent

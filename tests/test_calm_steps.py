@@ -145,6 +145,7 @@ def counted(built, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(calm, "settle_calm", counting)
+        patch.setattr(calm, "_AHEAD_S", 60.0)
         for _ in run_steps(built):
             pass
     return num[0]
@@ -170,8 +171,8 @@ def test_time_for_the_guard_is_no_waiting_for_data(tmp_path, monkeypatch):
     take, slept = Watch.take_calm, [0.0]
 
     def slow(*of):
-        slept[0] += 0.02
-        time.sleep(0.02)
+        slept[0] += 0.1
+        time.sleep(0.1)
         return take(*of)
 
     monkeypatch.setattr(Watch, "take_calm", slow)

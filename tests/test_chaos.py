@@ -16,6 +16,7 @@ from surefoot.launch.chaos import _apart
 from surefoot.launch.faults import FAULTS, inject
 from surefoot.record.folder import RunFolder
 
+pytestmark = pytest.mark.timeout(600)
 RECIPE = ROOT / "tests/recipes/calm.py"
 EVERYTHING = ROOT / "tests/recipes/everything.py"
 

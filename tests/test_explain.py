@@ -127,7 +127,7 @@ def test_alike_incidents_are_told_of_as_one(tmp_path):
 def test_a_kill_is_told_with_its_cost(tmp_path):
     out = tmp_path / "run"
     sets = ["--set", "checkpoint.every=10", "--workers", "0"]
-    process = surefoot_process("train", EVERYTHING, "epochs=4", "pause_s=0.001", "--out", out, *sets)
+    process = surefoot_process("train", EVERYTHING, "epochs=4", "pause_s=0.004", "--out", out, *sets)
     while newest_step(out) < 27:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -135,7 +135,7 @@ def test_a_kill_is_told_with_its_cost(tmp_path):
     ((crash, _),) = of_kind(explained(out), "crash")
     assert "not continued yet" in crash.action
     assert "failed" in explained(out).verdict
-    assert surefoot("train", EVERYTHING, "epochs=4", "pause_s=0.001", "--out", out, *sets).returncode == 0
+    assert surefoot("train", EVERYTHING, "epochs=4", "pause_s=0.004", "--out", out, *sets).returncode == 0
     ((crash, _),) = of_kind(explained(out), "crash")
     assert "continued as attempt 2" in crash.action
     assert 0 < crash.lost_steps <= 30

@@ -189,7 +189,7 @@ def test_killed_a_thousand_times(tmp_path, uninterrupted, half):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_request_to_stop_keeps_the_state_and_exits_75(tmp_path, uninterrupted, number):
     path = tmp_path / "run"
-    process = train(path, "pause_s=0.001", every="1h")
+    process = train(path, "pause_s=0.004", every="1h")
     while newest_step(path) < 20:
         time.sleep(0.002)
     process.send_signal(number)
@@ -199,7 +199,7 @@ def test_a_request_to_stop_keeps_the_state_and_exits_75(tmp_path, uninterrupted,
     stopped = shown(path)
     assert stopped["status"] == "preempted"
     assert stopped["checkpoint_step"] == stopped["step"] == newest_step(path) >= 20
-    process = train(path, "pause_s=0.001")
+    process = train(path, "pause_s=0.004")
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0
     assert f"continues at step {stopped['step']}" in err

@@ -107,8 +107,8 @@ def test_names_that_are_taken_are_passed_over(tmp_path, whole, monkeypatch):
             (folder / "000006-000000060").touch()
             (folder / "000010-000000100").touch()
             held = folder / ".tmp-000011-000000100"
-            held.mkdir()
             monkeypatch.setattr("shutil.rmtree", held_by_others(held))
+            held.mkdir()
     view = sf.open_run(tmp_path / "run")
     assert (view.summary()["digest"], view.summary()["ledger"]) == whole
     assert view.checkpoints()[-1].path.name == "000012-000000100"

@@ -156,7 +156,7 @@ def _alarm(event: Event) -> Incident:
         f"an alarm, and nothing done: {told}",
         runbook,
         evidence=f"{event['detector']}: {event['reason']}",
-        action="none: nothing that was tried helped, or the guard only watches",
+        action="none: nothing that could be tried helps, or the guard only watches",
         advice="Look at loss and gradient norm: surefoot report RUN.",
     )
 

@@ -20,6 +20,7 @@ from surefoot.guard.review import Review
 from surefoot.guard.watch import Watch
 from surefoot.operations import Operations
 from surefoot.record.folder import RunFolder
+from surefoot.stopping import NoLongerWaiting, StopRequest
 
 
 def compiled(**more):
@@ -351,3 +352,10 @@ def test_batches_of_which_none_can_be_applied_are_named_as_the_reason(tmp_path):
     for _ in run_steps(built):
         pass
     assert built.run.status != "failed"
+
+
+def test_a_signal_between_the_last_look_and_the_wait_for_a_batch_ends_the_wait():
+    stop = StopRequest(reason="SIGTERM")
+    with pytest.raises(NoLongerWaiting):
+        calm.next_batch(iter([None]), stop, calm.Clock())
+    assert not stop.waiting

@@ -753,7 +753,7 @@ def series(n=200, *, first=2.3, then=2.3, num=0, far=5.0, norm=1.0, last_norm=1.
         (series(last_norm=0.5), False),
         (series(last_norm=-0.1), True),
         (series(last_norm=6.0), True),
-        (series(n=100), True),
+        (series(n=60), True),
     ],
 )
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])

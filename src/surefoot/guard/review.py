@@ -20,9 +20,9 @@ _SKIPS = (1 << _OF_STEPS) - 1
 _HARD_STREAK = 4
 _COLLAPSE_BLOCKS, _COME_DOWN = 6, 0.1
 _COLLAPSE_STEPS = _COLLAPSE_BLOCKS * BLOCK
-_LATE, _A_FEW = _COLLAPSE_STEPS // 2, 5  # steps
+_LATE, _A_FEW = 64, 5  # steps
 _RISEN = 0.5  # of the first loss
-_FAR_OFF = 3.0  # deviations
+_FAR_OFF = 2.0  # deviations
 _VANISHED, _LONGER = 0.2, 3.0  # times the length of the first gradients
 _LEAST = 1e-30
 

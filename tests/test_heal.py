@@ -28,7 +28,7 @@ from surefoot.data.plan import Plan
 from surefoot.guard.detect import LOSS_SPIKE, NOT_FINITE
 from surefoot.guard.history import History, Intervention
 from surefoot.guard.judge import Judge
-from surefoot.guard.review import Alarm, has_gone_wrong
+from surefoot.guard.review import Alarm, may_have_done_harm
 from surefoot.guard.watch import Watch
 from surefoot.heal import Healer
 from surefoot.operations import Operations
@@ -714,14 +714,12 @@ def tuned():
     return base(0, sf.Guard(), steps=400, model=lambda: deepcopy(before), optimizer=sf.SGD(lr=1e-4))
 
 
-def hopeless():
-    x, _ = mixture(0, 400 * 64)
-    y = np.random.default_rng(1).integers(0, 10, len(x))
-    return with_data(base(0, sf.Guard()), x, y, 400)
+def timid():
+    return base(0, sf.Guard(), steps=400, optimizer=sf.SGD(lr=1e-5))
 
 
-@pytest.mark.parametrize("changed", [tuned, hopeless], ids=["tuned", "hopeless"])
-def test_a_run_in_which_nothing_went_wrong_is_not_taken_back(tmp_path, monkeypatch, changed):
+@pytest.mark.parametrize("changed", [tuned, timid])
+def test_a_run_whose_updates_are_small_is_not_taken_back(tmp_path, monkeypatch, changed):
     """It would cost ten times its first 200 updates, and find nothing."""
     monkeypatch.delattr(Healer, "_again")
     done = sf.fit(changed(), out=tmp_path / "run")
@@ -729,38 +727,21 @@ def test_a_run_in_which_nothing_went_wrong_is_not_taken_back(tmp_path, monkeypat
     assert [e["detector"] for e in events(tmp_path / "run", "alarm")] == ["D6"]
 
 
-def series(n=200, *, first=2.3, then=2.3, num=0, far=5.0, norm=1.0, last_norm=1.0):
-    """Losses with a little noise, `num` of them after the first `far` times it; and norms."""
-    rng = np.random.default_rng(0)
-    losses = then + 0.02 * rng.normal(size=n)
-    losses[1 : 1 + num] = far * first
-    norms = np.linspace(norm, last_norm, n) + 0.02 * rng.normal(size=n)
-    return first, losses.tolist(), norms.tolist()
-
-
 @pytest.mark.parametrize(
-    ("numbers", "wrong"),
+    ("ratios", "harm"),
     [
-        (series(), False),
-        (series(then=2.8), False),
-        (series(then=3.6), True),
-        (series(num=2), False),
-        (series(num=4), True),
-        (series(num=4, far=1.05), False),
-        (series(num=2, far=0.5), False),
-        (series(num=4, far=0.5), True),
-        (series(num=4, far=0.95), False),
-        (series(last_norm=0.5), False),
-        (series(last_norm=-0.1), True),
-        (series(last_norm=6.0), True),
-        (series(n=60), True),
+        ([1e-3] * 200, False),
+        ([3e-3] * 32 + [1e-5] * 168, True),
+        ([3e-3] * 31 + [1e-5] * 169, False),
+        ([1e-5] * 199 + [0.2], True),
+        ([1e-5] * 199 + [0.05], False),
+        ([0.0] * 200, False),
+        ([math.nan] * 200, True),
+        ([1e-5] * 31, True),
     ],
 )
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_what_counts_as_having_gone_wrong(numbers, wrong, scale):
-    first, losses, norms = numbers
-    losses = [math.nan, *(scale * loss for loss in losses), math.inf]
-    assert has_gone_wrong(scale * first, losses, [1.0, *norms, 1.0]) is wrong
+def test_which_updates_may_have_done_harm(ratios, harm):
+    assert may_have_done_harm(ratios) is may_have_done_harm(ratios[::-1]) is harm
 
 
 def test_a_run_that_its_first_batch_broke_is_healed_though_single_losses_are_huge(tmp_path):

@@ -28,7 +28,7 @@ from surefoot.data.feed import Feed
 from surefoot.data.holes import leave_out
 from surefoot.errors import StateError
 from surefoot.guard.history import History, Intervention
-from surefoot.guard.review import Alarm, has_gone_wrong
+from surefoot.guard.review import Alarm, may_have_done_harm
 from surefoot.guard.stop import Stop
 from surefoot.optim.schedules import Resolved
 from surefoot.passes import losses_of, probe
@@ -69,6 +69,7 @@ class Row(NamedTuple):
     loss: float
     grad_norm: float
     permitted: bool
+    update_ratio: float
 
 
 class StopAskedError(Exception):
@@ -183,7 +184,8 @@ class Healer:
         slow, resumed = alarm.detector == "D6", alarm.detector == "D7"
         if not slow and not resumed and self._weights_are_sound(alarm):
             return self._bear(alarm)
-        if slow and not self.doubts and not self._has_gone_wrong(alarm):
+        applied = [row.update_ratio for row in self.rows if row.permitted and row.step <= alarm.step]
+        if slow and not self.doubts and not may_have_done_harm(applied):
             return alarm.reason
         rollbacks = [i for i in before.interventions if i.kind == "rollback"]
         if sum(i.at > alarm.step - _WINDOW for i in rollbacks) >= rules.max_rollbacks:
@@ -277,12 +279,6 @@ class Healer:
             if not (math.isfinite(norm) and now <= loss + max(0.5 * abs(loss), 0.1 * first)):
                 return False
         return True
-
-    def _has_gone_wrong(self, alarm: Alarm) -> bool:
-        """Whether the updates up to an alarm did harm, as far as rows are remembered."""
-        rows = [row for row in self.rows if row.step <= alarm.step]
-        losses, norms = [row.loss for row in rows], [row.grad_norm for row in rows]
-        return has_gone_wrong(self.parts.guard.reviewed.first, losses, norms)
 
     def _learns_better(self, losses: list[float], untreated: list[float]) -> bool:
         """Whether the loss comes down, and these last losses are below the untreated ones by more than
@@ -493,7 +489,7 @@ def _target(alarm: Alarm, rollbacks: Sequence[Intervention]) -> int:
 
 def same_row(a: Row, b: Row, *, exact: bool) -> bool:
     """To the bit; or, where another process took one of them, perhaps with other operations, roughly."""
-    pairs = zip(a, b, strict=True)
+    pairs = (a.loss, b.loss), (a.grad_norm, b.grad_norm), (a.permitted, b.permitted)
     return all(x == y or (x != x and y != y) or (not exact and abs(x - y) < 0.1 * abs(x)) for x, y in pairs)
 
 

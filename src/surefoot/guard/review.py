@@ -7,7 +7,6 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import compress
 from typing import Any, NamedTuple
 
 from surefoot.guard.detect import BLOCK, BURN_IN, FINE, NOT_FINITE, SAT_OUT
@@ -20,11 +19,7 @@ _SKIPS = (1 << _OF_STEPS) - 1
 _HARD_STREAK = 4
 _COLLAPSE_BLOCKS, _COME_DOWN = 6, 0.1
 _COLLAPSE_STEPS = _COLLAPSE_BLOCKS * BLOCK
-_LATE, _A_FEW = 64, 5  # steps
-_RISEN = 0.5  # of the first loss
-_FAR_OFF = 2.0  # deviations
-_VANISHED, _LONGER = 0.2, 3.0  # times the length of the first gradients
-_LEAST = 1e-30
+_SOME, _LARGE, _HUGE = 32, 0.002, 0.1  # updates, and norms relative to the weights
 
 Detector = str
 """``D0`` state not finite (raised by `heal`), ``D3`` level divergence, ``D4`` skip rate, ``D5`` hard
@@ -41,33 +36,13 @@ class Alarm(NamedTuple):
     reason: str
 
 
-def has_gone_wrong(first: float, losses: Sequence[float], norms: Sequence[float]) -> bool:
-    """Whether a run whose loss has not come down was harmed by its updates: the loss is half again above
-    where it began, or for some steps was well above, or below, both that and where it is now; or the
-    gradient has all but vanished, or is several times as long. Else the run is slow, or tunes a model that
-    does well already, or there is nothing to be learned: going back, and on more gently, would not help.
-
-    Args:
-        first: the loss before the first update.
-        losses, norms: of all steps, as far as they are remembered; of the gradient, before clipping.
+def may_have_done_harm(update_ratios: Sequence[float]) -> bool:
+    """Whether updates were large enough to have broken a run whose loss has not come down: norms relative
+    to that of the weights, of those that were applied. About 1e-3 is usual. Where they are smaller the run
+    is slow, or tunes a model that does well already: going back, and on more gently, would not help.
     """
-    finite = [math.isfinite(a) and math.isfinite(b) for a, b in zip(losses, norms, strict=True)]
-    losses, norms = list(compress(losses, finite)), list(compress(norms, finite))
-    if len(losses) < _LATE + _A_FEW:
-        return True
-    late = losses[-_LATE:]
-    now = statistics.median(late)
-    spread = 1.4826 * statistics.median(abs(loss - now) for loss in late)
-    levels = [statistics.median(losses[i : i + _A_FEW]) for i in range(len(losses) - _A_FEW + 1)]
-    early, usual = levels[: len(losses) - _LATE], levels[len(losses) - _LATE :]
-    least, far = _COME_DOWN * abs(first), _FAR_OFF * spread
-    length = statistics.median(norms[-_LATE:]) / max(statistics.median(norms[:_A_FEW]), _LEAST)
-    return (
-        now > first + _RISEN * abs(first)
-        or max(early) > max(first + least, max(usual) + far)
-        or min(early) < min(first - least, min(usual) - far)
-        or not _VANISHED <= length <= _LONGER
-    )
+    large = sorted((ratio for ratio in update_ratios if not math.isnan(ratio)), reverse=True)
+    return len(large) < _SOME or large[_SOME - 1] > _LARGE or large[0] > _HUGE
 
 
 @dataclass

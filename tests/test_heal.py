@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, blobs, copied, recipe, surefoot, surefoot_process
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scenarios import SCENARIOS, _mislabel, base, mixture, mlp, play, spoiling
+from scenarios import SCENARIOS, _mislabel, base, batch_normed, mixture, mlp, play, spoiling
 from test_kill import newest_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -718,7 +718,12 @@ def timid():
     return base(0, sf.Guard(), steps=400, optimizer=sf.SGD(lr=1e-5))
 
 
-@pytest.mark.parametrize("changed", [tuned, timid])
+def doubtful():
+    """Batch norm over two samples, of which the run is warned before it begins."""
+    return base(0, sf.Guard(), steps=400, model=batch_normed, size=2, optimizer=sf.SGD(lr=1e-6))
+
+
+@pytest.mark.parametrize("changed", [tuned, timid, doubtful])
 def test_a_run_whose_updates_are_small_is_not_taken_back(tmp_path, monkeypatch, changed):
     """It would cost ten times its first 200 updates, and find nothing."""
     monkeypatch.delattr(Healer, "_again")

@@ -185,7 +185,7 @@ class Healer:
         if not slow and not resumed and self._weights_are_sound(alarm):
             return self._bear(alarm)
         applied = [row.update_ratio for row in self.rows if row.permitted and row.step <= alarm.step]
-        if slow and not self.doubts and not may_have_done_harm(applied):
+        if slow and not may_have_done_harm(applied):
             return alarm.reason
         rollbacks = [i for i in before.interventions if i.kind == "rollback"]
         if sum(i.at > alarm.step - _WINDOW for i in rollbacks) >= rules.max_rollbacks:

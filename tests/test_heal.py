@@ -1,6 +1,7 @@
 """Divergence is recognised, undone and explained, alike in every repetition."""
 
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -25,6 +26,7 @@ from surefoot.api import result, run_steps
 from surefoot.blame import usual_loss
 from surefoot.build import build
 from surefoot.data.plan import Plan
+from surefoot.export.progress import alarms
 from surefoot.guard.detect import LOSS_SPIKE, NOT_FINITE
 from surefoot.guard.history import History, Intervention
 from surefoot.guard.judge import Judge
@@ -33,6 +35,7 @@ from surefoot.guard.watch import Watch
 from surefoot.heal import Healer
 from surefoot.operations import Operations
 from surefoot.record.folder import RunFolder
+from surefoot.record.incidents import of_event
 from surefoot.types import Minibatch, Slots
 
 BY_NUMBER = {s.number: s for s in SCENARIOS}
@@ -698,7 +701,9 @@ def test_a_run_that_is_watched_is_not_taken_back_to_look_into_it(tmp_path):
     for _ in run_steps(built):
         pass
     assert result(built).status == "finished"
-    assert [e["detector"] for e in events(tmp_path / "run", "alarm")] == ["D6"]
+    (told,) = events(tmp_path / "run", "alarm")
+    assert told["detector"] == "D6"
+    assert of_event(told).action == "none: the guard only watches"
 
 
 def tuned():
@@ -723,13 +728,70 @@ def doubtful():
     return base(0, sf.Guard(), steps=400, model=batch_normed, size=2, optimizer=sf.SGD(lr=1e-6))
 
 
-@pytest.mark.parametrize("changed", [tuned, timid, doubtful])
+def large():
+    """Of so many weights that the size of an update is measured in every 16th step."""
+    return base(0, sf.Guard(), steps=250, model=functools.partial(wide, 400), optimizer=sf.SGD(lr=1e-6))
+
+
+def wide(width):
+    return torch.nn.Sequential(
+        torch.nn.Linear(32, width), torch.nn.ReLU(), torch.nn.Linear(width, width), torch.nn.ReLU(),
+        torch.nn.Linear(width, 10),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", [tuned, timid, doubtful, large])
 def test_a_run_whose_updates_are_small_is_not_taken_back(tmp_path, monkeypatch, changed):
     """It would cost ten times its first 200 updates, and find nothing."""
     monkeypatch.delattr(Healer, "_again")
     done = sf.fit(changed(), out=tmp_path / "run")
     assert done.status == "finished"
-    assert [e["detector"] for e in events(tmp_path / "run", "alarm")] == ["D6"]
+    (told,) = events(tmp_path / "run", "alarm")
+    assert told["detector"] == "D6"
+    assert of_event(told).action == "none: the updates were too small to have done harm"
+    assert not events(tmp_path / "run", "healing")
+
+
+def test_that_a_run_is_looked_into_is_told_before_and_what_was_tried_after(tmp_path, monkeypatch):
+    """Steps are taken again meanwhile, which may take minutes; nothing helps here."""
+    shown = []
+    monkeypatch.setattr(Healer, "_learns_better", lambda *_: shown.append(now()) or False)
+
+    def now():
+        return alarms(list(sf.open_run(tmp_path / "run").events()))
+
+    shuffled = base(0, sf.Guard(), steps=250, optimizer=sf.SGD(lr=0.3))
+    x, y = mixture(0, 64 * 250)
+    shuffled = with_data(shuffled, x, np.random.default_rng(1).permutation(y), 250)
+    sf.fit(shuffled, out=tmp_path / "run")
+    assert shown
+    assert all(text.startswith("LOOKING INTO the loss is ") for (text,) in shown)
+    assert now() == []
+    (alarm,) = events(tmp_path / "run", "alarm")
+    (began,) = events(tmp_path / "run", "healing")
+    assert {k: alarm[k] for k in ("step", "detector", "reason")} == {
+        k: began[k] for k in ("step", "detector", "reason")
+    }
+    assert "0.5 of the rate" in of_event(alarm).action
+
+
+def test_small_updates_that_make_the_loss_rise_are_looked_into(tmp_path):
+    """Of a model whose output is zero at first, and whose inputs are in the thousands."""
+    x, y = mixture(0, 256 * 400)
+    x *= np.float32(9000)
+
+    def zero_at_first():
+        model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+        torch.nn.init.zeros_(model[-1].weight)
+        return model
+
+    changed = base(
+        0, sf.Guard(), steps=400, size=256, model=zero_at_first, optimizer=sf.SGD(lr=5e-7, momentum=0.9)
+    )
+    done = sf.fit(with_data(changed, x, y, 400), out=tmp_path / "run")
+    log = sf.open_run(done.run_dir).log()
+    assert [e["detector"] for e in events(tmp_path / "run", "rolled_back")] == ["D6"]
+    assert np.median(log["loss"][-50:]) < 1.0
 
 
 @pytest.mark.parametrize(
@@ -743,6 +805,10 @@ def test_a_run_whose_updates_are_small_is_not_taken_back(tmp_path, monkeypatch, 
         ([0.0] * 200, False),
         ([math.nan] * 200, True),
         ([1e-5] * 31, True),
+        (([1e-5] + [math.nan] * 15) * 12, False),
+        (([3e-3] + [math.nan] * 15) * 2 + ([1e-5] + [math.nan] * 15) * 10, True),
+        (([3e-3] + [math.nan] * 15) + ([1e-5] + [math.nan] * 15) * 11, False),
+        (([0.2] + [math.nan] * 15) + ([1e-5] + [math.nan] * 15) * 11, True),
     ],
 )
 def test_which_updates_may_have_done_harm(ratios, harm):

@@ -28,6 +28,7 @@ from surefoot.guard.detect import BLOCK, FINE
 from surefoot.guard.review import Alarm
 from surefoot.heal import EVERY
 from surefoot.measure.profile import phase
+from surefoot.measure.readings import floats
 from surefoot.stopping import NoLongerWaiting, StopRequest
 from surefoot.train_step import Attempt
 from surefoot.types import Minibatch, Slots
@@ -112,7 +113,7 @@ def steps_ahead(course: Course, batches: Iterator[Minibatch], clock: Clock, *, m
 
 def _one_by_one(course: Course, batches: Iterator[Minibatch], clock: Clock, most: int) -> Ahead:
     """Takes steps, up to the first that is not simply fine. None before it can raise an alarm."""
-    step, waiting = course.state.step, list[tuple[Label, Attempt, float]]()
+    step, waiting = course.state.step, list[tuple[Label, list[float], float]]()
     num = min(most, EVERY - 1 - step % EVERY, course.parts.guard.fine_for(step) - 1)
     try:
         while len(waiting) < num and clock.boundary < clock.ahead_until:
@@ -123,12 +124,11 @@ def _one_by_one(course: Course, batches: Iterator[Minibatch], clock: Clock, most
             if attempt.verdict != FINE or not attempt.permitted:
                 return Ahead(len(waiting), attempted=attempted)
             label = clock.label(course, batch.slots, multiplier, attempt.num_micro)
-            kept = attempt._replace(grad_norm=attempt.grad_norm.clone())  # a transform may have its own
-            waiting.append((label, kept, clock.boundary))
+            waiting.append((label, floats(attempt.numbers()), clock.boundary))
     finally:
         offset = time.time() - time.perf_counter()
-        for label, attempt, ended in waiting:
-            settle(course, label, attempt, at=offset + ended)
+        for label, numbers, ended in waiting:
+            settle(course, label, numbers, at=offset + ended)
     return Ahead(len(waiting))
 
 

@@ -42,7 +42,7 @@ from surefoot.guard.stop import Stop
 from surefoot.heal import EVERY, Healer, Row, StopAskedError, same_row
 from surefoot.measure.evaluate import Evaluation
 from surefoot.measure.profile import phase
-from surefoot.measure.readings import Readings
+from surefoot.measure.readings import Readings, RowNumbers
 from surefoot.optim.precision import LossScale
 from surefoot.optim.schedules import Resolved
 from surefoot.state import RunState
@@ -226,7 +226,7 @@ def replay(
         batch, multiplier, attempt = update(quiet, course.feed.at(state.step))
         lr = course.parts.base_lr[0] * multiplier
         label = Label(batch.slots, state.samples, lr, attempt.num_micro, 0.0, 0.0, 0.0)
-        verdict = settle(quiet, label, attempt)
+        verdict = settle(quiet, label, attempt.numbers())
         if news(verdict) is not None:
             return verdict
         if verdict is None and state.step % EVERY == 0 and course.parts.guard.on:
@@ -237,20 +237,21 @@ def replay(
 
 
 def settle(
-    course: Course, label: Label | None, attempt: Attempt | None, *, at: float | None = None
+    course: Course, label: Label | None, numbers: RowNumbers | None, *, at: float | None = None
 ) -> Alarm | Stop | None:
     """Writes the rows whose numbers have arrived: with arguments those that are due, else all. The first
-    verdict of the guard's review, if it has one. at: when the step ended, if not just now; Unix time.
+    verdict of the guard's review, if it has one. numbers: of an `Attempt`. at: when the step ended, if not
+    just now; Unix time.
     """
     state, guard, found = course.state, course.parts.guard, None
-    if label is None or attempt is None:
+    if label is None or numbers is None:
         arrived = course.readings.rest()
     else:
-        arrived = course.readings.put(label, attempt.numbers())
-    for row, numbers in arrived:
-        loss, grad_norm, _, permitted, verdict, _, *loss_scale = numbers
+        arrived = course.readings.put(label, numbers)
+    for row, read in arrived:
+        loss, grad_norm, _, permitted, verdict, _, *loss_scale = read
         slots, scale_used = row.slots, loss_scale[0] if loss_scale else 1.0
-        taken = _note(course, row, (*numbers[:6], scale_used), at or time.time())
+        taken = _note(course, row, (*read[:6], scale_used), at or time.time())
         if not permitted and verdict != SAT_OUT:
             state.num_refused += 1
         overflow = bool(loss_scale) and math.isfinite(loss) and scale_used > LossScale.LEAST
@@ -404,7 +405,8 @@ def _warn(course: Course, alarm: Alarm) -> None:
     last = course.warned.get(alarm.detector, -_WARN_EVERY)
     if alarm.step - last >= _WARN_EVERY:
         course.warned[alarm.detector] = alarm.step
-        course.told.event("alarm", step=alarm.step, detector=alarm.detector, reason=alarm.reason)
+        seen = {"step": alarm.step, "detector": alarm.detector, "reason": alarm.reason}
+        course.told.event("alarm", **seen, untried="the guard only watches")
 
 
 def _what_would_grow(blamed: Blame) -> str:

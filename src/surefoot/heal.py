@@ -72,6 +72,16 @@ class Row(NamedTuple):
     update_ratio: float
 
 
+class LetBe(NamedTuple):
+    """Nothing is to be done: the run is to go on from where it was. reason: the alarm's, and what was seen.
+    tried: names of remedies, of which none helped. untried: why none was.
+    """
+
+    reason: str
+    tried: list[str] = []
+    untried: str = ""
+
+
 class StopAskedError(Exception):
     """A stop was asked for while healing."""
 
@@ -174,10 +184,12 @@ class Healer:
 
     # ------------------------------------------------------------------ after an alarm
 
-    def heal(self, alarm: Alarm, replay: Replay) -> dict[str, Any] | Stop | str:
+    def heal(
+        self, alarm: Alarm, replay: Replay, begins: Callable[[], object]
+    ) -> dict[str, Any] | Stop | LetBe:
         """Goes back and finds what helps; the facts of it, or that nothing does: the run is then in a
-        healthy state either way. A text: nothing is to be done, and the run is to go on from where it was;
-        the alarm's reason, and what was seen.
+        healthy state either way, but for `LetBe`. begins: called before steps are taken again, which may
+        take as long as thousands of them.
         """
         begun = time.perf_counter()
         before, rules = self.parts.guard.history, self.parts.guard.rules
@@ -185,8 +197,8 @@ class Healer:
         if not slow and not resumed and self._weights_are_sound(alarm):
             return self._bear(alarm)
         applied = [row.update_ratio for row in self.rows if row.permitted and row.step <= alarm.step]
-        if slow and not may_have_done_harm(applied):
-            return alarm.reason
+        if slow and not may_have_done_harm(applied) and not self.parts.guard.reviewed.has_risen():
+            return LetBe(alarm.reason, untried="the updates were too small to have done harm")
         rollbacks = [i for i in before.interventions if i.kind == "rollback"]
         if sum(i.at > alarm.step - _WINDOW for i in rollbacks) >= rules.max_rollbacks:
             return Stop(
@@ -205,6 +217,7 @@ class Healer:
             others = [name for name in tried if name != remedy]
             return facts | {"cause": cause, "remedy": remedy, "tried": others, "seconds": seconds}
 
+        begins()
         now = self._again(target, alarm, replay)
         odd, told = self._first_difference(alarm, now), alarm.reason
         if odd is not None and not _repeat(now, self._again(target, alarm, replay)):
@@ -213,7 +226,7 @@ class Healer:
         forget = alarm.onset if odd is None else min(odd, alarm.onset)
         went_back = before.back_to(target, alarm.step, forget=forget)
         if resumed and odd is None:  # it was the earlier attempt that erred, if anything did
-            return told
+            return LetBe(told, untried="steps that are taken again come out as they did in this attempt")
         if odd is not None:
             return found(f"step {odd} does not reproduce: the machine made a mistake there", "none needed")
         best: tuple[float, str, list[Intervention]] | None = None
@@ -242,7 +255,7 @@ class Healer:
         if best is not None:
             return found(_CAUSES[best[2][0].kind], best[1], *best[2])
         if slow and not self.doubts:
-            return told
+            return LetBe(told, tried)
         self._go_back(target, went_back, replay)
         return Stop(
             f"{told} (step {alarm.step}); going back to step {target} and on from there with "

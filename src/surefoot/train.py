@@ -36,7 +36,7 @@ from surefoot.guard.hang import HangWatch
 from surefoot.guard.layers import layers_of
 from surefoot.guard.review import Alarm
 from surefoot.guard.stop import Stop
-from surefoot.heal import EVERY, SELDOM, Row, StopAskedError
+from surefoot.heal import EVERY, SELDOM, LetBe, Row, StopAskedError
 from surefoot.keep import Keeper
 from surefoot.measure.profile import Profile, phase
 from surefoot.record.recorder import Recorder
@@ -167,7 +167,7 @@ def _updates(run: Run, batches: Iterator[Minibatch], clock: Clock) -> Generator[
         label = clock.label(run, slots, multiplier, attempt.num_micro)
         clock.ordinary_step_ended(label.step_s)
         with phase("row"):
-            verdict = settle(run, label, attempt)
+            verdict = settle(run, label, attempt.numbers())
         outcome = Outcome(
             slots.step, slots.epoch, state.samples, label.lr, attempt.loss, attempt.grad_norm,
             attempt.update_ratio, attempt.permitted, parts.model, batch,
@@ -220,20 +220,23 @@ def _heal(run: Run, alarm: Alarm) -> str:
     """Goes back to a healthy state and on from there; the status, if the run ends now."""
     guard = run.parts.guard
     run.keeper.settle()
+    seen = {"step": alarm.step + 1, "detector": alarm.detector, "reason": alarm.reason}
     whole = run.state.snapshot().copy()
 
     def again(until: int, rows: list[Row] | None = None, *, known: bool = False) -> Alarm | Stop | None:
         return replay(run, until, [] if rows is None else rows, known=known)
 
     try:
-        done = run.healer.heal(alarm, again)
+        done = run.healer.heal(alarm, again, lambda: run.told.event("healing", **seen))
     except StopAskedError:
         run.state.restore(whole)  # with the alarm still pending
         return "preempted"
-    if isinstance(done, str):
+    if isinstance(done, LetBe):
         run.state.restore(whole)
-        guard.pending, guard.reviewed.told_slow = None, True
-        run.told.event("alarm", step=alarm.step + 1, detector=alarm.detector, reason=done)
+        guard.pending = None
+        guard.reviewed.told_slow |= alarm.detector == "D6"
+        why = {"untried": done.untried} if done.untried else {"tried": done.tried}
+        run.told.event("alarm", **seen | {"reason": done.reason}, **why)
         return ""
     guard.pending = None
     if isinstance(done, Stop):

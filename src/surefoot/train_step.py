@@ -23,6 +23,7 @@ from surefoot.guard.detect import Decision
 from surefoot.guard.watch import Watch
 from surefoot.keys import word
 from surefoot.measure.profile import phase
+from surefoot.measure.readings import RowNumbers
 from surefoot.optim.buffers import Buffers
 from surefoot.optim.gradients import global_norm, norms_of
 from surefoot.optim.precision import Precision
@@ -79,7 +80,7 @@ class Attempt(NamedTuple):
     norms: Tensor
     packed: Tensor | None = None
 
-    def numbers(self) -> Sequence[Tensor | float] | Tensor:
+    def numbers(self) -> RowNumbers:
         """Those of its row that the device makes, in this order."""
         if self.packed is not None:
             return self.packed

@@ -90,7 +90,7 @@ class _Watcher(threading.Thread):
 
 
 def alarms(events: list[Event]) -> list[str]:
-    """What somebody should look at now: the last checkpoint failed, nothing moves."""
+    """What somebody should look at now: the last checkpoint failed, nothing moves, an alarm is looked into."""
     found = []
     kept = [e for e in events if e["kind"] in ("checkpointed", "checkpoint_failed")]
     if kept and kept[-1]["kind"] == "checkpoint_failed":
@@ -98,6 +98,8 @@ def alarms(events: list[Event]) -> list[str]:
         found.append(f"CHECKPOINT FAILED ({kept[-1]['error']}), newest good: {newest}; trying again")
     if events and events[-1]["kind"] == "hang":
         found.append(f"NOTHING MOVES since {events[-1]['seconds']:.0f} s, see {events[-1]['stacks']}")
+    if events and events[-1]["kind"] == "healing":
+        found.append(f"LOOKING INTO {events[-1]['reason']}: earlier steps are taken again")
     return found
 
 

@@ -20,6 +20,7 @@ _HARD_STREAK = 4
 _COLLAPSE_BLOCKS, _COME_DOWN = 6, 0.1
 _COLLAPSE_STEPS = _COLLAPSE_BLOCKS * BLOCK
 _SOME, _LARGE, _HUGE = 32, 0.002, 0.1  # updates, and norms relative to the weights
+_RISEN = 0.25  # of the first loss
 
 Detector = str
 """``D0`` state not finite (raised by `heal`), ``D3`` level divergence, ``D4`` skip rate, ``D5`` hard
@@ -38,11 +39,15 @@ class Alarm(NamedTuple):
 
 def may_have_done_harm(update_ratios: Sequence[float]) -> bool:
     """Whether updates were large enough to have broken a run whose loss has not come down: norms relative
-    to that of the weights, of those that were applied. About 1e-3 is usual. Where they are smaller the run
-    is slow, or tunes a model that does well already: going back, and on more gently, would not help.
+    to that of the weights, of those that were applied; NaN where it was not measured, as with many weights
+    in most steps. About 1e-3 is usual. Where they are smaller the run is slow, or tunes a model that does
+    well already: going back, and on more gently, would not help.
     """
-    large = sorted((ratio for ratio in update_ratios if not math.isnan(ratio)), reverse=True)
-    return len(large) < _SOME or large[_SOME - 1] > _LARGE or large[0] > _HUGE
+    measured = sorted((ratio for ratio in update_ratios if not math.isnan(ratio)), reverse=True)
+    if len(update_ratios) < _SOME or not measured:
+        return True
+    some = max(1, _SOME * len(measured) // len(update_ratios))
+    return measured[some - 1] > _LARGE or measured[0] > _HUGE
 
 
 @dataclass
@@ -167,6 +172,12 @@ class Review:
     def learns(self) -> bool:
         """Whether the loss has come down from where it began."""
         return self._is_below_first(statistics.median(self.losses))
+
+    def has_risen(self) -> bool:
+        """Whether the loss has gone up from where it began, clearly: small updates can do that to weights
+        that are small themselves, or read large inputs.
+        """
+        return statistics.median(self.losses) > self.first + _RISEN * abs(self.first)
 
     def _is_below_first(self, loss: float) -> bool:
         """By what counts as having come down."""

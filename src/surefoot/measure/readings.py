@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+RowNumbers = Sequence[Tensor | float] | Tensor
+"""0-d tensors and numbers, or one tensor of them."""
 
 
 class Readings(Generic[T]):
@@ -27,12 +29,12 @@ class Readings(Generic[T]):
         self._cuda = device.type == "cuda"
         self._queue: deque[tuple[T, Tensor, torch.cuda.Event | None]] = deque()
 
-    def put(self, label: T, numbers: Sequence[Tensor | float] | Tensor) -> Iterable[tuple[T, list[float]]]:
+    def put(self, label: T, numbers: RowNumbers) -> Iterable[tuple[T, list[float]]]:
         """Adds a set of 0-d tensors and numbers, or one from `pack`; gives back those sets whose turn
         has come.
         """
         if self.lag == 0:
-            return ((label, [float(number) for number in numbers]),)
+            return ((label, floats(numbers)),)
         packed = numbers if isinstance(numbers, Tensor) else pack(numbers)
         device, arrived = packed.device, None
         if self._cuda:
@@ -52,6 +54,11 @@ class Readings(Generic[T]):
             if arrived is not None:
                 arrived.synchronize()
             yield label, packed.tolist()
+
+
+def floats(numbers: RowNumbers) -> list[float]:
+    """Their values now; waits for a device."""
+    return [number if type(number) is float else float(number) for number in numbers]
 
 
 def pack(numbers: Sequence[Tensor | float]) -> Tensor:

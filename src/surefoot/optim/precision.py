@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from surefoot.errors import RecipeError
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
+_AS_IT_IS: AbstractContextManager[Any] = nullcontext()
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -36,7 +37,7 @@ class Precision:
     def forward(self) -> AbstractContextManager[Any]:
         """The context of a forward pass and its losses."""
         if self.dtype is None:
-            return nullcontext()
+            return _AS_IT_IS
         return torch.autocast(self._device, dtype=self.dtype)
 
     def attention(self) -> AbstractContextManager[Any]:
@@ -44,7 +45,7 @@ class Precision:
         again. (As one context torch could not trace them.)
         """
         if self.dtype is None or self._device != "cpu":
-            return nullcontext()
+            return _AS_IT_IS
         return _AttentionInSingle(self.dtype)
 
     def evaluation(self) -> AbstractContextManager[Any]:

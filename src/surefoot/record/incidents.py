@@ -156,9 +156,17 @@ def _alarm(event: Event) -> Incident:
         f"an alarm, and nothing done: {told}",
         runbook,
         evidence=f"{event['detector']}: {event['reason']}",
-        action="none: nothing that could be tried helps, or the guard only watches",
+        action=_done_about(event),
         advice="Look at loss and gradient norm: surefoot report RUN.",
     )
+
+
+def _done_about(event: Event) -> str:
+    if "untried" in event:
+        return f"none: {event['untried']}"
+    if event.get("tried"):
+        return "none: none of these helped, tried on the same batches: " + ", ".join(event["tried"])
+    return "none: nothing that could be tried helps, or the guard only watches"  # of an earlier version
 
 
 def _layer(event: Event) -> Incident:

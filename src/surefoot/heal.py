@@ -78,7 +78,7 @@ class LetBe(NamedTuple):
     """
 
     reason: str
-    tried: list[str] = []
+    tried: Sequence[str] = ()
     untried: str = ""
 
 

@@ -118,6 +118,8 @@ class Prepared:
             own_from=self.state.step,
             rows=rows,
         )
+        if self.choice.graph is None:
+            self.parts.updater.go_end_to_end()
         stops_early = self.recipe.early_stopping
         return Course(
             parts=self.parts,

@@ -235,7 +235,7 @@ def _heal(run: Run, alarm: Alarm) -> str:
         run.state.restore(whole)
         guard.pending = None
         guard.reviewed.told_slow |= alarm.detector == "D6"
-        why = {"untried": done.untried} if done.untried else {"tried": done.tried}
+        why = {"untried": done.untried} if done.untried else {"tried": list(done.tried)}
         run.told.event("alarm", **seen | {"reason": done.reason}, **why)
         return ""
     guard.pending = None

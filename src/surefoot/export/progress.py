@@ -90,7 +90,7 @@ class _Watcher(threading.Thread):
 
 
 def alarms(events: list[Event]) -> list[str]:
-    """What somebody should look at now: the last checkpoint failed, nothing moves, an alarm is looked into."""
+    """What somebody should look at: the last checkpoint failed, nothing moves, an alarm is looked into."""
     found = []
     kept = [e for e in events if e["kind"] in ("checkpointed", "checkpoint_failed")]
     if kept and kept[-1]["kind"] == "checkpoint_failed":

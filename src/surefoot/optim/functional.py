@@ -6,6 +6,7 @@ below them can.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from torch.optim.sgd import sgd
 from surefoot.optim.uncompiled import step_layers
 
 _ADAM = (adam, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"))
-_FUNCTIONS: dict[type[Optimizer], tuple[Callable[..., None], tuple[str, ...]]] = {
+FUNCTIONS: dict[type[Optimizer], tuple[Callable[..., None], tuple[str, ...]]] = {
     torch.optim.SGD: (sgd, ("momentum_buffer",)),
     torch.optim.Adam: _ADAM,
     torch.optim.AdamW: _ADAM,
@@ -48,11 +49,14 @@ class FunctionalUpdate:
 
     def __init__(self, optimizer: Optimizer, trained: Sequence[Tensor]) -> None:
         self._optimizer = optimizer
-        self._function, self._names = _FUNCTIONS[type(optimizer)]
+        self._function, self._names = FUNCTIONS[type(optimizer)]
         places = {id(p): i for i, p in enumerate(trained)}
         self._groups = [[p for p in group["params"] if id(p) in places] for group in optimizer.param_groups]
         self._places = [[places[id(p)] for p in group] for group in self._groups]
-        self._settings = [_settings(self._function, group) for group in optimizer.param_groups]
+        traced = {"foreach": True, "capturable": True}  # or a rate could not be a tensor
+        names = _parameters(self._function)
+        how = {name: value for name, value in traced.items() if name in names}
+        self._settings = [keywords(self._function, group) | how for group in optimizer.param_groups]
         self._takes_none = self._function is sgd
         self._slots, self._of = self._kept(), optimizer.state
 
@@ -89,27 +93,32 @@ def _is_there(kept: list[list[Tensor | None]]) -> list[list[bool]]:
 
 def known(optimizer: Optimizer) -> bool:
     """Whether there is a function for it."""
-    if type(optimizer) not in _FUNCTIONS:
+    if type(optimizer) not in FUNCTIONS:
         return False
     hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     own = "step" in vars(optimizer) or not step_layers(optimizer)
     return not own and not hooks
 
 
-def _settings(function: Callable[..., None], group: dict[str, Any]) -> dict[str, Any]:
-    """A group's options as keywords of the function."""
-    takes = inspect.signature(function).parameters
-    settings = {k: v for k, v in group.items() if k in takes and k not in ("params", "lr")}
+_FIXED = {
+    "fused": False,
+    "differentiable": False,
+    "has_sparse_grad": False,
+    "has_complex": False,
+    "grad_scale": None,
+    "found_inf": None,
+}
+
+
+def keywords(function: Callable[..., None], group: dict[str, Any]) -> dict[str, Any]:
+    """A group's options as keywords of the function, but for the rate."""
+    takes = _parameters(function)
+    settings = {k: v for k, v in group.items() if k in takes}
     if "betas" in group:
-        settings |= {"beta1": group["betas"][0], "beta2": group["betas"][1]}
-    fixed = {
-        "foreach": True,
-        "fused": False,
-        "capturable": True,  # or a rate could not be a tensor
-        "differentiable": False,
-        "has_sparse_grad": False,
-        "has_complex": False,
-        "grad_scale": None,
-        "found_inf": None,
-    }
-    return settings | {name: value for name, value in fixed.items() if name in takes}
+        settings["beta1"], settings["beta2"] = group["betas"]
+    return settings | {name: value for name, value in _FIXED.items() if name in takes}
+
+
+@functools.cache
+def _parameters(function: Callable[..., None]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters) - {"params", "lr"}

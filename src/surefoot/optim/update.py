@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -11,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from surefoot.optim.direct import sgd_step
+from surefoot.optim.direct import fused_sgd_step
+from surefoot.optim.flat import EndToEnd, Flat
 from surefoot.optim.gradients import global_norm
 from surefoot.optim.rates import DeviceRates
 from surefoot.optim.uncompiled import bare_step
@@ -45,15 +45,19 @@ class Updater:
     """
 
     def __init__(self, optimizer: Optimizer, params: Sequence[Tensor], *, measure_every: int) -> None:
-        self.optimizer, self.params = optimizer, [p.detach() for p in params]
+        groups, self.optimizer = optimizer.param_groups, optimizer
+        by_group = [p for group in groups for p in group["params"]]
+        if set(map(id, by_group)) == set(map(id, params)):
+            params = by_group
+        self.params = [p.detach() for p in params]
         self._every = measure_every
         self._copies = self._new_copies() if measure_every == 1 else None
+        self._end_to_end: EndToEnd | None = None
         self._unmeasured = torch.tensor(torch.nan, device=self.params[0].device)
         on_device = self.params[0].device.type == "cuda"
         fused = type(optimizer) in _FUSED and all(g["fused"] for g in optimizer.param_groups)
         self.asks_device = on_device and fused
         self._size = global_norm(self.params).item()
-        groups = optimizer.param_groups
         self._largest_lr = max(float(g["lr"]) for g in groups)
         half = any(p.dtype == torch.float16 for p in self.params)  # in which 1e-8 is zero
         self.well_known = type(optimizer) in _WELL_KNOWN and not half
@@ -104,20 +108,17 @@ class Updater:
         undo = (
             None if self.asks_device or self._tame(grad_norm, multiplier, heals) else _Undo(self.optimizer)
         )
+        copies = None
         if measured or undo is not None:  # what is seldom used is not kept: it is twice the weights' size
-            before, change = self._copies or self._new_copies()
-            before.take(self.params)
+            copies = self._copies or self._new_copies()
+            copies[0].take(self.params)
         if self.asks_device:
             self.optimizer.found_inf = (~permitted).float()  # type: ignore[attr-defined]
-        seen = torch._C._autograd._profiler_enabled()  # which is told of it
-        if self._bare_step is None or seen or self.is_hooked():
-            self.optimizer.step()
-        elif self.asks_device or not sgd_step(self.optimizer):
-            self._bare_step(self.optimizer)
-        if not measured and undo is None:
+        self._take_step(copies)
+        if copies is None:
             return self._unmeasured, permitted
-        change.take(self.params)
-        moved = torch.linalg.vector_norm(change.all.sub_(before.all))
+        before, after = copies
+        moved = torch.linalg.vector_norm(after.all.sub_(before.all))
         size = torch.linalg.vector_norm(before.all)
         if self.asks_device:
             return moved / size, permitted
@@ -128,6 +129,25 @@ class Updater:
                 undo()
             return torch.zeros_like(self._unmeasured), ~permitted
         return moved / size, permitted
+
+    def _take_step(self, copies: tuple[Flat, Flat] | None) -> None:
+        """The optimizer's. copies: of the weights before it, and room for those after it."""
+        seen = torch._C._autograd._profiler_enabled()  # which is told of it
+        if self._bare_step is None or seen or self.is_hooked():
+            self.optimizer.step()
+        elif self._end_to_end is not None and copies is self._copies and self._end_to_end.step():
+            return
+        elif self.asks_device or not fused_sgd_step(self.optimizer):
+            self._bare_step(self.optimizer)
+        if copies is not None:
+            copies[1].take(self.params)
+
+    def go_end_to_end(self) -> None:
+        """From now on updates are taken for all weights at once, where that is possible and pays: for few,
+        none of whose updates is compiled.
+        """
+        if self._copies is not None and EndToEnd.fits(self.optimizer):
+            self._end_to_end = EndToEnd(self.optimizer, *self._copies, self.params)
 
     def is_hooked(self) -> bool:
         """Whether somebody is to be told of a step: by a hook, which the caller may add at any time, or a
@@ -170,8 +190,8 @@ class Updater:
         largest = max(self._size, norm) * max(1.0, self._largest_lr * multiplier)
         return self.well_known and largest < FAR_FROM_OVERFLOW
 
-    def _new_copies(self) -> tuple[_Flat, _Flat]:
-        return _Flat(self.params), _Flat(self.params)
+    def _new_copies(self) -> tuple[Flat, Flat]:
+        return Flat(self.params), Flat(self.params)
 
     def finite(self) -> bool:
         """Whether all weights are."""
@@ -209,20 +229,3 @@ class _Undo:
                     slots[name].copy_(value)
                 else:
                     slots[name] = value
-
-
-class _Flat:
-    """Copies of tensors, end to end in one, so that a norm over all of them is one operation: a third of
-    the time for the ten thousand weights of a small network. Its dtype holds all of theirs exactly.
-    """
-
-    def __init__(self, like: Sequence[Tensor]) -> None:
-        dtype = functools.reduce(torch.promote_types, [t.dtype for t in like])
-        sizes = [t.numel() for t in like]
-        self.all = torch.empty(sum(sizes), dtype=dtype, device=like[0].device)
-        split = zip(torch.split(self.all, sizes), like, strict=True)
-        self.parts = [part.view(tensor.shape) for part, tensor in split]
-
-    def take(self, tensors: list[Tensor]) -> None:
-        """Copies them."""
-        torch._foreach_copy_(self.parts, tensors)

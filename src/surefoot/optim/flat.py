@@ -64,8 +64,8 @@ class EndToEnd:
 
     @staticmethod
     def fits(optimizer: Optimizer) -> bool:
-        """Whether there may be such updates: by a function of torch's that is not fused, of weights that are
-        all in single or all in double precision, on a CPU.
+        """Whether there may be such updates: by a function of torch's that is not fused, of weights all in
+        single or all in double precision, on a CPU.
         """
         params = _params(optimizer)
         one = len({p.dtype for p in params}) == 1 and params[0].dtype in (torch.float32, torch.float64)
@@ -73,9 +73,9 @@ class EndToEnd:
         return known(optimizer) and one and full and all(p.is_cpu for p in params)
 
     def step(self) -> bool:
-        """Updates the parameters, of which `before` is a copy; `after` is one, too, then. False, with nothing
-        done, if it is an update for torch's class: a parameter has no gradient, or lies elsewhere by now,
-        something that the optimizer keeps is missing, or an option is one that is seldom used.
+        """Updates the parameters, of which `before` is a copy; `after` is one, too, then. False, with
+        nothing done, if it is an update for torch's class: a parameter has no gradient or lies elsewhere by
+        now, something that the optimizer keeps is missing, or an option is one that is seldom used.
         """
         if [p.data_ptr() for p in self._params] != self._at:
             return False
@@ -126,9 +126,7 @@ class _Group:
     def update(self, options: dict[str, Any]) -> None:
         """Of the weights, by the gradients that `is_ready` found."""
         momentum = self._kept.get("momentum_buffer")
-        if (
-            self._function is sgd and momentum is not None and _is_plain(options)
-        ):  # most of it would be Python
+        if momentum is not None and self._function is sgd and _is_plain(options):  # else most is Python
             factor = torch.scalar_tensor(options["momentum"], dtype=momentum.all.dtype, device="cpu")
             momentum.all.mul_(factor)  # a number would take twice as long
             torch._foreach_add_(momentum.parts, self._grads)
@@ -157,10 +155,7 @@ class _Group:
         for p, slots in zip(self._params, self._slots, strict=True):
             if state.get(p) is not slots:
                 return False
-        for slots, name, one in self._held:
-            if slots.get(name) is not one:
-                return False
-        return True
+        return all(slots.get(name) is one for slots, name, one in self._held)
 
     def _adopt(self) -> bool:
         """Puts what the optimizer keeps end to end, if there is as much of it for each parameter."""

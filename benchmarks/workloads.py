@@ -116,6 +116,7 @@ WORKLOADS = {
     w.name: w
     for w in (
         Workload("mlp", MLP, "sgd", 0.05, 64, 200, 3_000),
+        Workload("mlp-adamw", MLP, "adamw", 1e-3, 64, 200, 3_000),
         Workload("normed", NormedMLP, "sgd", 0.05, 64, 200, 3_000),
         Workload("cnn", CNN, "sgd", 0.05, 64, 20, 200),
         Workload("gpt", GPT, "adamw", 1e-3, 16, 4, 25),

@@ -379,7 +379,7 @@ def test_a_kill_while_healing_is_no_mistake_of_the_machine(tmp_path, undisturbed
     """The step of the alarm is taken twice from there on: with and without the remedy."""
     built = build(jump(), RunFolder(tmp_path / "run"), OFTEN)
 
-    def killed(alarm, replay):
+    def killed(alarm, replay, begins):
         raise KeyboardInterrupt
 
     built.run.healer.heal = killed
@@ -396,9 +396,9 @@ def test_a_stop_while_healing_keeps_the_alarm(tmp_path, undisturbed):
     built = build(jump(), RunFolder(tmp_path / "run"), OFTEN)
     heal = built.run.healer.heal
 
-    def asked(alarm, replay):
+    def asked(alarm, replay, begins):
         built.run.stop.reason = "SIGTERM"
-        return heal(alarm, replay)
+        return heal(alarm, replay, begins)
 
     built.run.healer.heal = asked
     for _ in run_steps(built):

@@ -306,7 +306,7 @@ def test_a_snapshot_shares_nothing_with_the_run_that_goes_on():
     kept = []
     for batch in feed.batches(0, 200):
         label = Label(batch.slots, course.state.samples, 0.1, 1, 0.0, 0.0, 0.0)
-        settle(course, label, update(course, batch)[2])
+        settle(course, label, update(course, batch)[2].numbers())
         if validation_due(course):
             run_validation(course)
         if course.state.step % 15 == 0:

@@ -290,8 +290,10 @@ def _on_validation(log: Columns, events: Sequence[Event]) -> list[Remark]:
                 "validation-apart",
             )
         )
+    if not finite.all():
+        return remarks
     rise, drop = losses[-1] - losses[best], losses[0] - losses[best]
-    if finite.all() and best < len(losses) - 1 and rise > _GAP * max(drop, abs(losses[best])):
+    if best < len(losses) - 1 and rise > _GAP * max(drop, abs(losses[best])):
         remarks.append(
             Remark(
                 f"The validation loss was best after step {steps[best]:,} ({losses[best]:.4g}) and rose to "

@@ -18,8 +18,9 @@ from conftest import ROOT, blobs, recipe, surefoot
 from rich.console import Console
 
 import surefoot as sf
-from surefoot.export.progress import describe, duration_text, progress
+from surefoot.export.progress import alarms, describe, duration_text, progress
 from surefoot.export.report import thin
+from surefoot.record.incidents import of_event
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -119,6 +120,47 @@ def test_the_progress_line_says_what_there_is_to_say():
     assert "left" not in describe(rows(100), {}, 100).plain
     assert "first step" in describe(rows(0), {}, 10).plain
     assert (duration_text(75), duration_text(3723)) == ("1:15", "1:02:03")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "shown"),
+    [
+        (["started"], False),
+        (["healing"], True),
+        (["healing", "worker_replaced"], True),
+        (["healing", "rolled_back"], False),
+        (["healing", "alarm"], False),
+        (["healing", "alarm", "healing"], True),
+        (["healing", "resumed"], False),
+    ],
+)
+def test_that_an_alarm_is_looked_into_is_shown_while_it_is(kinds, shown):
+    told = alarms([{"kind": kind, "reason": "the loss is high"} for kind in kinds])
+    assert told == (["LOOKING INTO the loss is high: earlier steps are taken again"] if shown else [])
+
+
+@pytest.mark.parametrize(
+    ("facts", "done"),
+    [
+        (
+            {"tried": ["0.5 of the rate"]},
+            "none of these helped, tried on the same batches: 0.5 of the rate",
+        ),
+        ({"untried": "the guard only watches"}, "the guard only watches"),
+        ({}, "nothing that could be tried helps, or the guard only watches"),  # of an earlier version
+    ],
+)
+def test_what_was_done_about_an_alarm(facts, done):
+    event = {
+        "kind": "alarm",
+        "detector": "D6",
+        "reason": "r",
+        "step": 192,
+        "time": 0.0,
+        "attempt": 1,
+        "n": 1,
+    }
+    assert of_event(event | facts).action == f"none: {done}"
 
 
 def test_plain_lines_where_there_is_no_terminal(two_runs):

@@ -188,8 +188,8 @@ class Healer:
         self, alarm: Alarm, replay: Replay, begins: Callable[[], object]
     ) -> dict[str, Any] | Stop | LetBe:
         """Goes back and finds what helps; the facts of it, or that nothing does: the run is then in a
-        healthy state either way, but for `LetBe`. begins: called before steps are taken again, which may
-        take as long as thousands of them.
+        healthy state either way. After `LetBe` it may be in any. begins: called before steps are taken
+        again, which may be thousands.
         """
         begun = time.perf_counter()
         before, rules = self.parts.guard.history, self.parts.guard.rules
@@ -255,7 +255,7 @@ class Healer:
         if best is not None:
             return found(_CAUSES[best[2][0].kind], best[1], *best[2])
         if slow and not self.doubts:
-            return LetBe(told, tried)
+            return LetBe(told, tried, untried="" if tried else "there is no remedy for such a run")
         self._go_back(target, went_back, replay)
         return Stop(
             f"{told} (step {alarm.step}); going back to step {target} and on from there with "

@@ -21,6 +21,7 @@ from surefoot.record.rows import read_newest
 _REFRESH_S = 0.25
 _LINES_S = (2, 4, 8, 16, 30)
 _WINDOW = 256
+_HEALED = ("rolled_back", "alarm", "borne", "diverged", "resumed", "ended")
 
 
 @contextmanager
@@ -98,8 +99,9 @@ def alarms(events: list[Event]) -> list[str]:
         found.append(f"CHECKPOINT FAILED ({kept[-1]['error']}), newest good: {newest}; trying again")
     if events and events[-1]["kind"] == "hang":
         found.append(f"NOTHING MOVES since {events[-1]['seconds']:.0f} s, see {events[-1]['stacks']}")
-    if events and events[-1]["kind"] == "healing":
-        found.append(f"LOOKING INTO {events[-1]['reason']}: earlier steps are taken again")
+    healing = [e for e in events if e["kind"] in ("healing", *_HEALED)]
+    if healing and healing[-1]["kind"] == "healing":
+        found.append(f"LOOKING INTO {healing[-1]['reason']}: earlier steps are taken again")
     return found
 
 

@@ -7,7 +7,8 @@ many for all.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -40,72 +41,82 @@ class Flat:
         torch._foreach_copy_(self.parts, tensors)
 
 
+def end_to_end(optimizer: Optimizer, detached: dict[Tensor, Tensor], copy: Flat) -> EndToEnd | None:
+    """Updates at once of all parameters of an optimizer, of which `detached` holds each; None if that is
+    not possible. copy: room for them, to be used if their order is that of the optimizer's groups.
+
+    It takes a function of torch's that is not fused, and weights that are all in single or all in double
+    precision, on a CPU, each in memory of its own. NAdam has other bits for lists of tensors, for which a
+    caller may ask.
+    """
+    own, groups = _params(optimizer), optimizer.param_groups
+    if not known(optimizer) or not all(group["params"] for group in groups):
+        return None
+    if any(g.get("fused") or (g.get("foreach") and type(optimizer) is torch.optim.NAdam) for g in groups):
+        return None
+    plain = {p.dtype for p in own} in ({torch.float32}, {torch.float64}) and all(p.is_cpu for p in own)
+    if not plain or not set(own) <= detached.keys() or not _are_apart(own):
+        return None
+    same = len(own) == len(detached) and all(map(is_, own, detached))
+    return EndToEnd(optimizer, copy if same else Flat(own), [detached[p] for p in own])
+
+
 class EndToEnd:
     """The update of one of torch's own optimizers over all weights of a group end to end: by torch's own
     function, and with the bits of torch's default, which goes tensor by tensor, since what it does is done
     to each element by itself.
 
-    What the optimizer keeps per weight lies end to end, too, from the first such update on, and its state
-    holds views of that: of which torch's compiler would make copies.
+    What the optimizer keeps per weight lies end to end, too, from the first such update on: its tensors
+    stay what they are, in memory that they share, of which torch's compiler would make copies.
+
+    weights: of the parameters after an update, in the order of the optimizer's groups.
 
     Args:
-        optimizer: one that `fits`.
-        before, after: room for its parameters, in the order of its groups.
-        copied: what `before` is a copy of: these parameters, unless somebody gives them other memory.
+        copied: the parameters, detached: if somebody gives one of them other memory, the two differ.
     """
 
-    def __init__(self, optimizer: Optimizer, before: Flat, after: Flat, copied: Sequence[Tensor]) -> None:
-        self._optimizer, self._before, self._after = optimizer, before, after
-        self._params = _params(optimizer)
-        self._at = [p.data_ptr() for p in copied]
-        groups = optimizer.param_groups
-        each = torch.split(after.all, [sum(p.numel() for p in group["params"]) for group in groups])
+    def __init__(self, optimizer: Optimizer, weights: Flat, copied: Sequence[Tensor]) -> None:
+        self.weights, self._optimizer, self._copied = weights, optimizer, copied
+        self._params, groups = _params(optimizer), optimizer.param_groups
+        each = torch.split(weights.all, [sum(p.numel() for p in group["params"]) for group in groups])
         self._groups = [_Group(optimizer, group, part) for group, part in zip(groups, each, strict=True)]
 
-    @staticmethod
-    def fits(optimizer: Optimizer) -> bool:
-        """Whether there may be such updates: by a function of torch's that is not fused, of weights all in
-        single or all in double precision, on a CPU.
-        """
-        params = _params(optimizer)
-        one = len({p.dtype for p in params}) == 1 and params[0].dtype in (torch.float32, torch.float64)
-        full = all(group["params"] and not group.get("fused") for group in optimizer.param_groups)
-        return known(optimizer) and one and full and all(p.is_cpu for p in params)
-
     def step(self) -> bool:
-        """Updates the parameters, of which `before` is a copy; `after` is one, too, then. False, with
-        nothing done, if it is an update for torch's class: a parameter has no gradient or lies elsewhere by
-        now, something that the optimizer keeps is missing, or an option is one that is seldom used.
+        """Updates the parameters. False, with nothing done, if it is an update for torch's class: a
+        parameter has no gradient or lies elsewhere by now, groups have changed, something that the
+        optimizer keeps is missing, or an option is one that is seldom used.
         """
-        if [p.data_ptr() for p in self._params] != self._at:
+        groups = self._optimizer.param_groups
+        if len(groups) != len(self._groups) or not all(map(_is_at, self._params, self._copied)):
             return False
-        each = list(zip(self._groups, self._optimizer.param_groups, strict=True))
+        each = list(zip(self._groups, groups, strict=True))
         if not all(group.is_ready(options) for group, options in each):
             return False
         with torch.no_grad():
-            self._after.all.copy_(self._before.all)
+            self.weights.take(self._params)
             for group, options in each:
                 group.update(options)
-            torch._foreach_copy_(self._params, self._after.parts)
+            torch._foreach_copy_(self._params, self.weights.parts)
         return True
 
 
 class _Group:
     """A group of parameters, and what the optimizer keeps for them.
 
-    held: each tensor of that, where it is kept.
+    held: where each tensor of that is kept, and lies. sizes: how many things are kept for each parameter.
     """
 
     def __init__(self, optimizer: Optimizer, options: dict[str, Any], weights: Tensor) -> None:
         self._function, self._names = FUNCTIONS[type(optimizer)]
         self._optimizer, self._weights = optimizer, weights
-        self._params: list[Tensor] = options["params"]
+        self._params: list[Tensor] = list(options["params"])
         self._grads: list[Tensor] = []
         self._gathered: Flat | None = None
         self._kept: dict[str, Flat] = {}
         self._counts: dict[str, list[Tensor]] = {}
         self._slots: list[dict[str, Any] | None] = []
-        self._held: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._sizes: list[int] = []
+        self._held: list[tuple[dict[str, Any], str, Tensor, int]] = []
 
     def is_ready(self, options: dict[str, Any]) -> bool:
         """Whether an update is possible; what is kept lies end to end then."""
@@ -113,12 +124,12 @@ class _Group:
             return False
         if options.get("fused") or options.get("capturable"):
             return False
-        self._grads = grads = [grad for p in self._params if (grad := p.grad) is not None]
-        if len(grads) < len(self._params) or not ((self._slots and self._is_held()) or self._adopt()):
+        params = options["params"]
+        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             return False
-        for grad in grads:
-            if grad.is_sparse:
-                return False
+        self._grads = grads = [grad for p in params if (grad := p.grad) is not None]
+        if len(grads) < len(params) or not ((self._slots and self._is_held()) or self._adopt()):
+            return False
         if not self._held and (self._function is not sgd or options["momentum"]):  # torch makes it first
             return False
         return all(len(set(map(torch.Tensor.item, counts))) == 1 for counts in self._counts.values())
@@ -150,36 +161,45 @@ class _Group:
         return [None] if self._function is sgd else []
 
     def _is_held(self) -> bool:
-        """Whether the optimizer keeps what `_adopt` found, or gave it."""
+        """Whether the optimizer keeps what `_adopt` found, where that put it, and nothing else."""
         state = self._optimizer.state
-        for p, slots in zip(self._params, self._slots, strict=True):
-            if state.get(p) is not slots:
+        for p, slots, size in zip(self._params, self._slots, self._sizes, strict=True):
+            if state.get(p) is not slots or len(slots or ()) != size:
                 return False
-        return all(slots.get(name) is one for slots, name, one in self._held)
+        return all(
+            slots.get(name) is one and one.data_ptr() == place for slots, name, one, place in self._held
+        )
 
     def _adopt(self) -> bool:
-        """Puts what the optimizer keeps end to end, if there is as much of it for each parameter."""
+        """Moves what the optimizer keeps end to end, if there is as much of it for each parameter, each in
+        memory of its own.
+        """
         state = self._optimizer.state
         self._slots, self._held, self._kept, self._counts = [], [], {}, {}
         slots = [state[p] for p in self._params if p in state]
+        kept = dict[str, list[Tensor]]()
         for name in self._names:
-            found = [one for each in slots if isinstance(one := each.get(name), Tensor) and one.is_cpu]
-            if not found:
-                continue
-            if len(found) < len(self._params):
+            if found := [one for each in slots if isinstance(one := each.get(name), Tensor)]:
+                kept[name] = found
+        if not _are_apart([one for found in kept.values() for one in found]):
+            return False
+        for name, found in kept.items():
+            fits = name in _COUNTS or all(map(_alike, found, self._params))
+            if len(found) < len(self._params) or not fits:
                 return False
+        for name, found in kept.items():
             if name in _COUNTS:
                 self._counts[name] = found
-            elif all(map(_alike, found, self._params)):
+            else:
                 self._kept[name] = flat = Flat(self._params)
                 flat.take(found)
-                found = flat.parts
-            else:
-                return False
-            for each, one in zip(slots, found, strict=True):
-                each[name] = one
-                self._held.append((each, name, one))
+                for one, part in zip(found, flat.parts, strict=True):
+                    one.data = part  # a caller may have taken hold of it
+            self._held += [
+                (each, name, one, one.data_ptr()) for each, one in zip(slots, found, strict=True)
+            ]
         self._slots = [state.get(p) for p in self._params]
+        self._sizes = [len(each or ()) for each in self._slots]
         return True
 
 
@@ -189,8 +209,23 @@ def _is_plain(options: dict[str, Any]) -> bool:
     return bool(options["momentum"]) and not more
 
 
+def _are_apart(tensors: Iterable[Tensor]) -> bool:
+    """Whether they are on the CPU, and no two have any memory in common."""
+    end = 0
+    for tensor in sorted((t for t in tensors if t.numel()), key=torch.Tensor.data_ptr):
+        if tensor.data_ptr() < end or not tensor.is_cpu:
+            return False
+        strides = zip(tensor.shape, tensor.stride(), strict=True)
+        last = sum((size - 1) * stride for size, stride in strides)
+        end = tensor.data_ptr() + (last + 1) * tensor.element_size()
+    return True
+
+
 def _alike(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype
+
+
+_is_at = torch.Tensor.is_set_to
 
 
 def _params(optimizer: Optimizer) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from surefoot.optim.direct import fused_sgd_step
-from surefoot.optim.flat import EndToEnd, Flat
+from surefoot.optim.flat import EndToEnd, Flat, end_to_end
 from surefoot.optim.gradients import global_norm
 from surefoot.optim.rates import DeviceRates
 from surefoot.optim.uncompiled import bare_step
@@ -45,11 +45,8 @@ class Updater:
     """
 
     def __init__(self, optimizer: Optimizer, params: Sequence[Tensor], *, measure_every: int) -> None:
-        groups, self.optimizer = optimizer.param_groups, optimizer
-        by_group = [p for group in groups for p in group["params"]]
-        if set(map(id, by_group)) == set(map(id, params)):
-            params = by_group
-        self.params = [p.detach() for p in params]
+        self.optimizer, self._detached = optimizer, {p: p.detach() for p in params}
+        self.params = list(self._detached.values())
         self._every = measure_every
         self._copies = self._new_copies() if measure_every == 1 else None
         self._end_to_end: EndToEnd | None = None
@@ -58,6 +55,7 @@ class Updater:
         fused = type(optimizer) in _FUSED and all(g["fused"] for g in optimizer.param_groups)
         self.asks_device = on_device and fused
         self._size = global_norm(self.params).item()
+        groups = optimizer.param_groups
         self._largest_lr = max(float(g["lr"]) for g in groups)
         half = any(p.dtype == torch.float16 for p in self.params)  # in which 1e-8 is zero
         self.well_known = type(optimizer) in _WELL_KNOWN and not half
@@ -136,7 +134,8 @@ class Updater:
         if self._bare_step is None or seen or self.is_hooked():
             self.optimizer.step()
         elif self._end_to_end is not None and copies is self._copies and self._end_to_end.step():
-            return
+            if copies is None or self._end_to_end.weights is copies[1]:
+                return
         elif self.asks_device or not fused_sgd_step(self.optimizer):
             self._bare_step(self.optimizer)
         if copies is not None:
@@ -146,8 +145,8 @@ class Updater:
         """From now on updates are taken for all weights at once, where that is possible and pays: for few,
         none of whose updates is compiled.
         """
-        if self._copies is not None and EndToEnd.fits(self.optimizer):
-            self._end_to_end = EndToEnd(self.optimizer, *self._copies, self.params)
+        if self._copies is not None:
+            self._end_to_end = end_to_end(self.optimizer, self._detached, self._copies[1])
 
     def is_hooked(self) -> bool:
         """Whether somebody is to be told of a step: by a hook, which the caller may add at any time, or a

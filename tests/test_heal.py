@@ -1068,6 +1068,9 @@ def test_an_attempt_that_erred_before_it_was_killed_is_told_of(tmp_path):
     assert (told["detector"], told["step"]) == ("D7", 452)
     assert events(tmp_path / "killed", "rolled_back") == []
     assert (done.status, done.digest) == ("finished", whole.digest)
+    *_, newest = sorted((tmp_path / "killed/checkpoints").glob("*/state.json"))
+    review = json.loads(newest.read_text())["stateful"]["guard"]["review"]
+    assert review["told_slow"] is False  # of D6, which has nothing to do with it
 
 
 def test_a_run_that_comes_back_right_is_left_alone(tmp_path):

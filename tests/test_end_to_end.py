@@ -177,6 +177,22 @@ def test_no_step_of_a_compiled_run_is_taken_so(tmp_path, monkeypatch, mode):
     assert sum(taken) == (39 if mode == "off" else 0)
 
 
+def test_what_lies_in_place_is_not_moved_again():
+    """A caller may have views of it; here he adds something of his own."""
+    param = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([param], lr=LR, momentum=0.9)
+    updater = Updater(optimizer, [param], measure_every=1)
+    updater.go_end_to_end()
+    places = []
+    for step in range(4):
+        param.grad = torch.ones(3)
+        applied = torch.tensor(True)
+        updater.apply(applied, step=step, multiplier=1.0, base=[LR], grad_norm=torch.tensor(1.0))
+        optimizer.state[param][f"mine {step}"] = step
+        places.append(optimizer.state[param]["momentum_buffer"].data_ptr())
+    assert places[0] != places[1] == places[2] == places[3]
+
+
 def linear(*, shares=False):
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     if shares:

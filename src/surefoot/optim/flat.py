@@ -174,7 +174,7 @@ class _Group:
         """Moves what the optimizer keeps end to end, if there is as much of it for each parameter, each in
         memory of its own.
         """
-        state = self._optimizer.state
+        state, before = self._optimizer.state, self._kept
         self._slots, self._held, self._kept, self._counts = [], [], {}, {}
         slots = [state[p] for p in self._params if p in state]
         kept = dict[str, list[Tensor]]()
@@ -190,6 +190,8 @@ class _Group:
         for name, found in kept.items():
             if name in _COUNTS:
                 self._counts[name] = found
+            elif name in before and all(map(_is_at, found, before[name].parts)):
+                self._kept[name] = before[name]  # a caller may have views of it
             else:
                 self._kept[name] = flat = Flat(self._params)
                 flat.take(found)

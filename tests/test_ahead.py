@@ -34,12 +34,13 @@ NOT_FINITE = (math.nan, math.inf, -math.inf)
 @pytest.fixture
 def together(monkeypatch):
     """The steps that were settled together."""
-    settle, steps = calm.settle, []
-    monkeypatch.setattr(
-        calm,
-        "settle",
-        lambda run, label, *of, **how: steps.append(label.slots.step) or settle(run, label, *of, **how),
-    )
+    settle, steps = calm.settle_calm, []
+
+    def told(run, taken, **times):
+        steps.extend(one.slots.step for one in taken)
+        settle(run, taken, **times)
+
+    monkeypatch.setattr(calm, "settle_calm", told)
     return steps
 
 
@@ -170,14 +171,14 @@ def test_rows_of_slow_steps_do_not_wait(tmp_path, together):
 
 
 def test_a_stop_is_heeded_after_them(tmp_path, monkeypatch):
-    settle, last = calm.settle, []
+    settle, last = calm.settle_calm, []
 
-    def asked(course, label, *of, **how):
+    def asked(course, taken, **times):
         course.stop.reason = "SIGTERM"
-        last.append(label.slots.step)
-        return settle(course, label, *of, **how)
+        last.append(taken[-1].slots.step)
+        settle(course, taken, **times)
 
-    monkeypatch.setattr(calm, "settle", asked)
+    monkeypatch.setattr(calm, "settle_calm", asked)
     done, _ = run(recipe(until=700), tmp_path / "run", EAGER)
     assert (done.status, done.reason) == ("preempted", "SIGTERM")
     assert last[-1] == done.step - 1

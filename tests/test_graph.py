@@ -254,8 +254,8 @@ def test_the_guard_decides_alike_and_a_healed_run_is_alike_to_the_bit(tmp_path):
 def test_nearly_all_steps_are_compiled_and_most_of_them_settled_together(tmp_path, monkeypatch):
     monkeypatch.setattr(calm, "_AHEAD_S", 60.0)  # however slow the machine is
     built = build(recipe(until=1000), RunFolder(tmp_path / "run"), Operations(compute={"compile": "on"}))
-    eager, together, singly = [], [], []
-    step_by_step, settle, settle_one = course.train_step, calm.settle_calm, calm.settle
+    eager, together = [], []
+    step_by_step, settle = course.train_step, calm.settle_calm
     monkeypatch.setattr(
         course, "train_step", lambda *of, **how: eager.append(of[1].slots.step) or step_by_step(*of, **how)
     )
@@ -264,10 +264,9 @@ def test_nearly_all_steps_are_compiled_and_most_of_them_settled_together(tmp_pat
         "settle_calm",
         lambda run, taken, **times: together.append(len(taken)) or settle(run, taken, **times),
     )
-    monkeypatch.setattr(calm, "settle", lambda *of, **how: singly.append(1) or settle_one(*of, **how))
     ordinary = [outcome.step for outcome in run_steps(built)]
     assert eager == [0]
-    assert len(ordinary) + sum(together) + sum(singly) == 1000
+    assert len(ordinary) + sum(together) == 1000
     assert {799, 999} <= set(ordinary)
     assert sum(together) > 800  # all but those of the guard's burn-in
 

@@ -18,7 +18,6 @@ from surefoot.course import (
     heeded,
     look_at_layers,
     multipliers,
-    settle,
     settle_calm,
     update,
     without_quarantined,
@@ -113,23 +112,27 @@ def steps_ahead(course: Course, batches: Iterator[Minibatch], clock: Clock, *, m
 
 def _one_by_one(course: Course, batches: Iterator[Minibatch], clock: Clock, most: int) -> Ahead:
     """Takes steps, up to the first that is not simply fine. None before it can raise an alarm."""
-    step, waiting = course.state.step, list[tuple[Label, list[float], float]]()
-    num = min(most, EVERY - 1 - step % EVERY, course.parts.guard.fine_for(step) - 1)
+    state, guard, now, begun = course.state, course.parts.guard, time.perf_counter, clock.boundary
+    num, taken = min(most, EVERY - 1 - state.step % EVERY, guard.fine_for(state.step) - 1), list[Taken]()
     try:
-        while len(waiting) < num and clock.boundary < clock.ahead_until:
-            asked = time.perf_counter()
+        for multiplier in multipliers(course, num):
+            if clock.boundary >= clock.ahead_until:
+                break
+            asked = now()
             batch = next(batches)
-            clock.waited_s = time.perf_counter() - asked
-            batch, multiplier, attempt = attempted = update(course, batch)
+            clock.waited_s = now() - asked
+            batch, _, attempt = attempted = update(course, batch, multiplier)
             if attempt.verdict != FINE or not attempt.permitted:
-                return Ahead(len(waiting), attempted=attempted)
-            label = clock.label(course, batch.slots, multiplier, attempt.num_micro)
-            waiting.append((label, floats(attempt.numbers()), clock.boundary))
+                return Ahead(len(taken), attempted=attempted)
+            clock.boundary = ended = now()
+            known = batch.slots, state.samples, multiplier, attempt.num_micro, clock.waited_s
+            taken.append(Taken(*known, floats(attempt.numbers()), attempt.norms, ended))
     finally:
-        offset = time.time() - time.perf_counter()
-        for label, numbers, ended in waiting:
-            settle(course, label, numbers, at=offset + ended)
-    return Ahead(len(waiting))
+        if taken:
+            guard.review_calm(taken[-1].slots.step, [one.numbers[0] for one in taken])
+            settle_calm(course, taken, begun=begun, row_before=clock.row_before)
+            clock.row_before = clock.boundary
+    return Ahead(len(taken))
 
 
 def _calm_steps(course: Course, batches: Iterator[Minibatch], clock: Clock, take: Take, most: int) -> Ahead:
@@ -191,5 +194,5 @@ def _take(
         state.step += 1
         state.samples += batch.slots.num_samples
         clock.boundary = ended = now()
-        taken.append(Taken(batch.slots, state.samples, multiplier, waited_s, *done, ended))
+        taken.append(Taken(batch.slots, state.samples, multiplier, 1, waited_s, *done, ended))
     return None

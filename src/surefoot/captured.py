@@ -20,7 +20,7 @@ from surefoot.compiled import ChangedError
 from surefoot.graph import CHECK_EVERY, form
 from surefoot.guard.arithmetic import Tensors
 from surefoot.guard.detect import MOST_GROWTH, Decision, Limits, judge
-from surefoot.keys import word
+from surefoot.keys import seed_of
 from surefoot.measure.readings import pack
 from surefoot.train_step import Attempt, Inside, Parts, seed_generators, train_step
 from surefoot.types import Minibatch, leaves, map_leaves
@@ -100,7 +100,7 @@ class Captured:
         if check:
             for param, grad in zip(attempt.trained, launch.grads, strict=True):
                 param.grad = grad
-            seed_generators(word(word(parts.draws, step), attempt.num_micro - 1), parts.device)
+            seed_generators(seed_of(parts.draws, step, attempt.num_micro - 1), parts.device)
             self._generator.set_offset(launch.draws[-1].get_offset())
             attempt = attempt._replace(permitted=attempt.permitted.bool())
         return attempt
@@ -217,9 +217,8 @@ class Captured:
         self, launch: _Launch, batch: Minibatch, data: list[Tensor], multiplier: float
     ) -> Attempt:
         parts, left = self._parts, launch.attempt
-        seed = word(parts.draws, batch.slots.step)
         for micro, state in enumerate(launch.draws):
-            state.manual_seed(word(seed, micro))
+            state.manual_seed(seed_of(parts.draws, batch.slots.step, micro))
         for place, leaf in zip(launch.data, data, strict=True):
             place.copy_(leaf)
         parts.updater.write_rates(multiplier, parts.base_lr)

@@ -51,6 +51,8 @@ from surefoot.train_step import Attempt, Parts, train_step
 from surefoot.types import Minibatch, Slots
 
 _WARN_EVERY = 1000
+_CALM = float(FINE), 1.0, 1.0
+"""Verdict, clip and loss scale of a step of which nothing else is said."""
 
 
 class Record(Protocol):
@@ -95,14 +97,15 @@ class Label(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """A step that a graph took as a calm one. samples: consumed by then. multiplier: of the base rates.
-    numbers: loss, norm of the gradient, update ratio, and 1. norms: of the gradients, 1-d. ended: by
-    `time.perf_counter`.
+    """A step that was found fine, not settled yet. samples: consumed by then. multiplier: of the base rates.
+    numbers: of an `Attempt`; of a step that a graph took as a calm one the first four. norms: of the
+    gradients, 1-d. ended: by `time.perf_counter`.
     """
 
     slots: Slots
     samples: int
     multiplier: float
+    num_micro: int
     data_wait_s: float
     numbers: list[float]
     norms: Tensor
@@ -142,10 +145,16 @@ class Course:
     warned: dict[str, int] = field(default_factory=dict)
 
 
-def update(course: Course, batch: Minibatch) -> tuple[Minibatch, float, Attempt]:
-    """One update: the batch without what is in quarantine, the schedule's multiplier, what came of it."""
+def update(
+    course: Course, batch: Minibatch, multiplier: float | None = None
+) -> tuple[Minibatch, float, Attempt]:
+    """One update: the batch without what is in quarantine, the schedule's multiplier, if it is not given,
+    what came of it.
+    """
     state, attempt = course.state, None
-    batch, (multiplier,) = without_quarantined(course, batch), multipliers(course, 1)
+    batch = without_quarantined(course, batch)
+    if multiplier is None:
+        (multiplier,) = multipliers(course, 1)
     if course.parts.guard.heals and _nothing_is_known(course) and course.blames:
         batch = _without_unlike(course, batch)
     if course.graph is not None and state.eager_from is None:
@@ -237,11 +246,10 @@ def replay(
 
 
 def settle(
-    course: Course, label: Label | None, numbers: RowNumbers | None, *, at: float | None = None
+    course: Course, label: Label | None, numbers: RowNumbers | None
 ) -> Alarm | Stop | None:
     """Writes the rows whose numbers have arrived: with arguments those that are due, else all. The first
-    verdict of the guard's review, if it has one. numbers: of an `Attempt`. at: when the step ended, if not
-    just now; Unix time.
+    verdict of the guard's review, if it has one. numbers: of an `Attempt`.
     """
     state, guard, found = course.state, course.parts.guard, None
     if label is None or numbers is None:
@@ -251,7 +259,7 @@ def settle(
     for row, read in arrived:
         loss, grad_norm, _, permitted, verdict, _, *loss_scale = read
         slots, scale_used = row.slots, loss_scale[0] if loss_scale else 1.0
-        taken = _note(course, row, (*read[:6], scale_used), at or time.time())
+        taken = _note(course, row, (*read[:6], scale_used), time.time())
         if not permitted and verdict != SAT_OUT:
             state.num_refused += 1
         overflow = bool(loss_scale) and math.isfinite(loss) and scale_used > LossScale.LEAST
@@ -270,15 +278,15 @@ def settle(
 
 
 def settle_calm(course: Course, taken: Sequence[Taken], *, begun: float, row_before: float) -> None:
-    """Writes the rows of calm steps. begun: when the first of them did, by `time.perf_counter`; row_before:
-    the same of the row before it.
+    """Writes the rows of steps that were found fine, and that the guard has taken up. begun: when the first
+    of them did, by `time.perf_counter`; row_before: the same of the row before it.
     """
     offset, base_lr = time.time() - time.perf_counter(), course.parts.base_lr[0]
     course.state.elapsed_s += taken[-1].ended - begun
-    for slots, samples, multiplier, waited_s, (loss, grad_norm, ratio, _), _, ended in taken:
+    for slots, samples, multiplier, num_micro, waited_s, numbers, _, ended in taken:
         times = waited_s, ended - begun, ended - row_before
-        label = Label(slots, samples, base_lr * multiplier, 1, *times)
-        _note(course, label, (loss, grad_norm, ratio, 1, FINE, 1.0, 1.0), offset + ended)
+        label = Label(slots, samples, base_lr * multiplier, num_micro, *times)
+        _note(course, label, (*numbers, *_CALM[len(numbers) - 4 :]), offset + ended)
         begun = row_before = ended
 
 

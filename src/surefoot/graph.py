@@ -17,7 +17,7 @@ from torch import Tensor
 
 from surefoot.compiled import ChangedError, Compiled
 from surefoot.guard.layers import layers_of
-from surefoot.keys import word
+from surefoot.keys import seed_of
 from surefoot.optim.functional import FunctionalUpdate, Slots
 from surefoot.optim.update import FAR_FROM_OVERFLOW
 from surefoot.traced import Traced, flat
@@ -140,7 +140,7 @@ class Graph:
                 return None
             self._write(*bounds, multiplier)
             if draws is not None:
-                torch.default_generator.manual_seed(word(word(draws, batch.slots.step), 0))
+                torch.default_generator.manual_seed(seed_of(draws, batch.slots.step, 0))
             moving = [*leaves(batch.data), *buffers, total, None]
             row, norms = whole.again(moving)
             numbers: list[float] = row.tolist()
@@ -177,22 +177,22 @@ class Graph:
         parts, params = self._parts, self._params
         buffers = parts.buffers.live(self._buffers)
         scale = None if parts.precision.scale is None else parts.precision.scale.scale
-        draws = 0 if self._draws is False else word(parts.draws, batch.slots.step)
+        draws, step = parts.draws, batch.slots.step
         if self._whole is not None:
             if self._draws is not False:
-                torch.default_generator.manual_seed(word(draws, 0))
+                torch.default_generator.manual_seed(seed_of(draws, step, 0))
             if slots is not self._fixed_of:
                 self._fixed, self._fixed_of = [*params, *flat(slots), self._bounds, self._rates], slots
             whole = (params, slots, buffers, batch.data, total, scale, self._bounds, self._rates)
             numbers = self._whole(whole, self._fixed, [*data, *buffers, total, scale], check=check)
             if self._draws is None:
-                fresh = torch.Generator().manual_seed(word(draws, 0)).get_state()
+                fresh = torch.Generator().manual_seed(seed_of(draws, step, 0)).get_state()
                 self._draws = not torch.equal(torch.default_generator.get_state(), fresh)
             return numbers, 1
         loss, grads, pieces = None, [], list(pieces_of(parts, batch))
         after = [b.clone() for b in buffers]  # never the model's own: torch would trace that otherwise
         for piece in pieces:
-            torch.default_generator.manual_seed(word(draws, piece.micro))
+            torch.default_generator.manual_seed(seed_of(draws, step, piece.micro))
             of_piece = (params, piece.data, piece.num_rows, after, total, scale)
             share, added, after = self._pieces[piece.num_rows](of_piece)
             if loss is None:

@@ -5,6 +5,7 @@ hashed with their types and lengths, so no two different lists of parts give the
 hash; in particular (seed=1, epoch=0) and (seed=0, epoch=1) share nothing.
 """
 
+import functools
 import hashlib
 from typing import Any
 
@@ -39,15 +40,16 @@ def mix(x: Words) -> Words:
     return x
 
 
-def words(base: int, counters: NDArray[Any]) -> Words:
+def words(base: int | Words, counters: NDArray[Any]) -> Words:
     """One 64-bit word for each counter, for a key: SplitMix64 started at `base`.
 
     Args:
-        base: a key.
+        base: a key, or one for each counter.
         counters: integers, any shape.
     """
     x = (counters.astype(np.uint64) + U64(1)) * _GOLDEN
-    x += mix(np.array([base], dtype=np.uint64))[0]
+    start = mix(np.array(base, dtype=np.uint64, ndmin=1))
+    x += start if isinstance(base, np.ndarray) else start[0]
     return mix(x)
 
 
@@ -57,7 +59,23 @@ def word(base: int, counter: int) -> int:
     return _mix_int(x)
 
 
+def seed_of(draws: int, step: int, micro: int) -> int:
+    """Of a logical micro-batch: ``word(word(draws, step), micro)``."""
+    if micro:
+        return word(word(draws, step), micro)
+    return _first_seeds(draws, step // _TOGETHER)[step % _TOGETHER]
+
+
+@functools.lru_cache(maxsize=4)
+def _first_seeds(draws: int, block: int) -> list[int]:
+    """Those of the first micro-batches of some steps in a row, which take as long as a few by themselves."""
+    steps = np.arange(block * _TOGETHER, (block + 1) * _TOGETHER)
+    found: list[int] = words(words(draws, steps), np.zeros_like(steps)).tolist()
+    return found
+
+
 _MASK = (1 << 64) - 1
+_TOGETHER = 64
 
 
 def _mix_int(x: int) -> int:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from surefoot.keys import word
+from surefoot.keys import seed_of
 from surefoot.optim.gradients import global_norm
 from surefoot.optim.statistics import Grown, Seen, worst
 from surefoot.train_step import (
@@ -89,7 +89,7 @@ def _only_forward(parts: Parts, batch: Minibatch) -> Tensor:
     found = []
     for piece in pieces_of(parts, batch):
         if piece.begins_micro:
-            seed_generators(word(word(parts.draws, batch.slots.step), piece.micro), parts.device)
+            seed_generators(seed_of(parts.draws, batch.slots.step, piece.micro), parts.device)
         with parts.precision.forward(), parts.precision.attention():
             found.append(losses_and_weights(parts, piece.data, piece.num_rows)[0].detach().double())
     return torch.cat(found)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.autograd import Variable
 from surefoot.errors import OperationsError, RecipeError
 from surefoot.guard.detect import Decision
 from surefoot.guard.watch import Watch
-from surefoot.keys import word
+from surefoot.keys import seed_of
 from surefoot.measure.profile import phase
 from surefoot.measure.readings import RowNumbers
 from surefoot.optim.buffers import Buffers
@@ -33,6 +34,7 @@ from surefoot.protocols import GradientTransform, Objective, Strategy
 from surefoot.types import Minibatch, Tree, take_rows
 
 _T = TypeVar("_T")
+_is_sparse = attrgetter("is_sparse")
 
 
 @dataclass(frozen=True)
@@ -167,15 +169,15 @@ def gradients(
         return accumulate(parts, batch, each, inside)
 
     loss, num_micro = repeatable(parts, batch, passes, captured=inside is not None)
-    pairs = [(param, grad) for param in parts.params if (grad := param.grad) is not None]
-    trained, grads = [param for param, _ in pairs], [grad for _, grad in pairs]
+    trained = [param for param in parts.params if param.grad is not None]
+    grads = [param.grad for param in trained if param.grad is not None]
     if not grads:
         raise RecipeError(
             "no parameter got a gradient.",
             why="The losses do not depend on the model.",
             fix="Look for detach(), no_grad() or argmax() between the model and the losses.",
         )
-    if any(grad.is_sparse for grad in grads):  # of which torch has no norm
+    if any(map(_is_sparse, grads)):  # of which torch has no norm
         for param, grad in zip(trained, grads, strict=True):
             param.grad = grad.to_dense()
         grads = [param.grad for param in trained if param.grad is not None]
@@ -224,7 +226,7 @@ def accumulate(
     for piece in pieces:
         if piece.begins_micro:
             if inside is None:
-                seed_generators(word(word(parts.draws, batch.slots.step), piece.micro), parts.device)
+                seed_generators(seed_of(parts.draws, batch.slots.step, piece.micro), parts.device)
             else:
                 inside.begin_micro(piece.micro)
             before = torch.default_generator.get_state() if parts.physical < parts.micro else None
@@ -299,13 +301,13 @@ class Piece(NamedTuple):
 def pieces_of(parts: Parts, batch: Minibatch) -> Iterator[Piece]:
     """The physical micro-batches of a batch."""
     share = parts.strategy.share(batch.num_rows)
+    if share.stop - share.start == batch.num_rows <= parts.physical:  # nearly always
+        yield Piece(batch.data, batch.weights, batch.num_rows, 0, True)
+        return
     for micro, start in enumerate(range(share.start, share.stop, parts.micro)):
         stop = min(start + parts.micro, share.stop)
         for begin in range(start, stop, parts.physical):
             end = min(begin + parts.physical, stop)
-            if end - begin == batch.num_rows:
-                yield Piece(batch.data, batch.weights, batch.num_rows, 0, True)
-                continue
             rows = slice(begin, end)
             yield Piece(
                 take_rows(batch.data, rows, batch.num_rows),

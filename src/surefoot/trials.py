@@ -17,7 +17,7 @@ from surefoot.captured import Captured
 from surefoot.compiled import forget_failed_traces
 from surefoot.errors import SurefootError
 from surefoot.graph import Graph
-from surefoot.keys import word
+from surefoot.keys import seed_of
 from surefoot.optim.functional import known
 from surefoot.passes import losses_of, probe
 from surefoot.state import RunState
@@ -96,7 +96,7 @@ def _draws_elsewhere(parts: Parts, batch: Minibatch) -> bool:
     losses_of(parts, batch)
     drawn = draw()
     *_, last = pieces_of(parts, batch)
-    seed_generators(word(word(parts.draws, batch.slots.step), last.micro), parts.device)
+    seed_generators(seed_of(parts.draws, batch.slots.step, last.micro), parts.device)
     return drawn != draw()
 
 

@@ -164,11 +164,14 @@ class Watch:
         """Takes up steps that `calm_for` allowed for, the last of which is `step`, as `permit` and `review`
         would have.
         """
+        if self.on:
+            self.judge.take_calm(losses, norms)
+        return self.review_calm(step, losses)
+
+    def review_calm(self, step: int, losses: Sequence[float]) -> Alarm | None:
+        """`review` of as many steps as `fine_for` allowed for, or fewer, the last of which is `step`."""
         self.num_refused_in_a_row = 0
-        if not self.on:
-            return None
-        self.judge.take_calm(losses, norms)
-        return self.reviewed.look_at_calm(step, losses)
+        return self.reviewed.look_at_calm(step, losses) if self.on else None
 
     def permit_on_host(self, loss: float, norm: float, *, step: int, scaled: bool) -> Permit:
         """`permit`, with numbers."""

@@ -133,8 +133,8 @@ class Updater:
         seen = torch._C._autograd._profiler_enabled()  # which is told of it
         if self._bare_step is None or seen or self.is_hooked():
             self.optimizer.step()
-        elif self._end_to_end is not None and copies is self._copies and self._end_to_end.step():
-            if copies is None or self._end_to_end.weights is copies[1]:
+        elif self._end_to_end is not None and self._end_to_end.step():
+            if copies is not None and self._end_to_end.weights is copies[1]:
                 return
         elif self.asks_device or not fused_sgd_step(self.optimizer):
             self._bare_step(self.optimizer)
@@ -146,7 +146,7 @@ class Updater:
         none of whose updates is compiled.
         """
         if self._copies is not None:
-            self._end_to_end = end_to_end(self.optimizer, self._detached, self._copies[1])
+            self._end_to_end = end_to_end(self.optimizer, self._detached, *self._copies)
 
     def is_hooked(self) -> bool:
         """Whether somebody is to be told of a step: by a hook, which the caller may add at any time, or a

@@ -169,8 +169,10 @@ def gradients(
         return accumulate(parts, batch, each, inside)
 
     loss, num_micro = repeatable(parts, batch, passes, captured=inside is not None)
-    trained = [param for param in parts.params if param.grad is not None]
-    grads = [param.grad for param in trained if param.grad is not None]
+    found = [param.grad for param in parts.params]
+    grads, trained = [grad for grad in found if grad is not None], list(parts.params)
+    if len(grads) < len(found):
+        trained = [param for param, grad in zip(trained, found, strict=True) if grad is not None]
     if not grads:
         raise RecipeError(
             "no parameter got a gradient.",

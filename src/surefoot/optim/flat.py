@@ -61,8 +61,8 @@ def end_to_end(
     if not plain or not set(own) <= detached.keys() or not _are_apart(own):
         return None
     same = len(own) == len(detached) and all(map(is_, own, detached))
-    weights = (after, before) if same else (Flat(own), None)
-    return EndToEnd(optimizer, *weights, copied=[detached[p] for p in own])
+    room = (before, after) if same else (Flat(own), Flat(own))
+    return EndToEnd(optimizer, *room, copied=[detached[p] for p in own], is_taken=same)
 
 
 class EndToEnd:
@@ -76,18 +76,19 @@ class EndToEnd:
     weights: of the parameters after an update, in the order of the optimizer's groups.
 
     Args:
-        before: the same before it, if they are copied by somebody else.
+        before: the same before it. is_taken: they are by somebody else.
         copied: the parameters, detached: if somebody gives one of them other memory, the two differ.
     """
 
     def __init__(
-        self, optimizer: Optimizer, weights: Flat, before: Flat | None, *, copied: Sequence[Tensor]
+        self, optimizer: Optimizer, before: Flat, weights: Flat, *, copied: Sequence[Tensor], is_taken: bool
     ) -> None:
-        self.weights, self._before = weights, before
+        self.weights, self._before, self._is_taken = weights, before, is_taken
         self._optimizer, self._copied = optimizer, copied
         self._params, groups = _params(optimizer), optimizer.param_groups
-        each = torch.split(weights.all, [sum(p.numel() for p in group["params"]) for group in groups])
-        self._groups = [_Group(optimizer, group, part) for group, part in zip(groups, each, strict=True)]
+        sizes = [sum(p.numel() for p in group["params"]) for group in groups]
+        room = torch.split(before.all, sizes), torch.split(weights.all, sizes)
+        self._groups = [_Group(optimizer, *each) for each in zip(groups, *room, strict=True)]
 
     def step(self) -> bool:
         """Updates the parameters. False, with nothing done, if it is an update for torch's class: a
@@ -101,10 +102,8 @@ class EndToEnd:
         if not all(group.is_ready(options) for group, options in each):
             return False
         with torch.no_grad():
-            if self._before is None:
-                self.weights.take(self._params)
-            else:
-                self.weights.all.copy_(self._before.all)
+            if not self._is_taken:
+                self._before.take(self._params)
             for group, options in each:
                 group.update(options)
             torch._foreach_copy_(self._params, self.weights.parts)
@@ -114,22 +113,22 @@ class EndToEnd:
 class _Group:
     """A group of parameters, and what the optimizer keeps for them.
 
-    slots: that, for each of them. found: all of it, by name. tensors: those of `found`. places: where they
-    lie.
+    held: where each tensor of that is kept, and lies. sizes: how many things are kept for each parameter.
     """
 
-    def __init__(self, optimizer: Optimizer, options: dict[str, Any], weights: Tensor) -> None:
+    def __init__(
+        self, optimizer: Optimizer, options: dict[str, Any], before: Tensor, weights: Tensor
+    ) -> None:
         self._function, self._names = FUNCTIONS[type(optimizer)]
-        self._optimizer, self._weights = optimizer, weights
+        self._optimizer, self._before, self._weights = optimizer, before, weights
         self._params: list[Tensor] = list(options["params"])
         self._grads: list[Tensor] = []
         self._gathered: Flat | None = None
         self._kept: dict[str, Flat] = {}
         self._counts: dict[str, list[Tensor]] = {}
         self._slots: list[dict[str, Any] | None] = []
-        self._found: tuple[list[str], list[Any]] = [], []
-        self._tensors: list[Tensor] = []
-        self._places: list[int] = []
+        self._sizes: list[int] = []
+        self._held: list[tuple[dict[str, Any], str, Tensor, int]] = []
         self._factor = 0.0, weights
 
     def is_ready(self, options: dict[str, Any]) -> bool:
@@ -144,18 +143,19 @@ class _Group:
         self._grads = grads = [grad for p in params if (grad := p.grad) is not None]
         if len(grads) < len(params) or not ((self._slots and self._is_held()) or self._adopt()):
             return False
-        if not self._tensors and (self._function is not sgd or options["momentum"]):  # torch makes it first
+        if not self._held and (self._function is not sgd or options["momentum"]):  # torch makes it first
             return False
         return all(len(set(map(torch.Tensor.item, counts))) == 1 for counts in self._counts.values())
 
     def update(self, options: dict[str, Any]) -> None:
-        """Of the weights, by the gradients that `is_ready` found."""
+        """Of the weights before it, by the gradients that `is_ready` found."""
         momentum = self._kept.get("momentum_buffer")
         if momentum is not None and self._function is sgd and _is_plain(options):  # else most is Python
             momentum.all.mul_(self._as_tensor(options["momentum"]))  # a number would take twice as long
             torch._foreach_add_(momentum.parts, self._grads)
-            self._weights.add_(momentum.all, alpha=-options["lr"])
+            torch.add(self._before, momentum.all, alpha=-options["lr"], out=self._weights)
             return
+        self._weights.copy_(self._before)
         if self._gathered is None:
             self._gathered = Flat(self._params)
         self._gathered.take(self._grads)
@@ -182,19 +182,20 @@ class _Group:
 
     def _is_held(self) -> bool:
         """Whether the optimizer keeps what `_adopt` found, where that put it, and nothing else."""
-        slots = list(map(self._optimizer.state.get, self._params))
-        if not all(map(is_, slots, self._slots)):
-            return False
-        names, found = self._found
-        same = _names_in(slots) == names and all(map(is_, _values_in(slots), found))
-        return same and list(map(torch.Tensor.data_ptr, self._tensors)) == self._places
+        state = self._optimizer.state
+        for p, slots, size in zip(self._params, self._slots, self._sizes, strict=True):
+            if state.get(p) is not slots or len(slots or ()) != size:
+                return False
+        return all(
+            slots.get(name) is one and one.data_ptr() == place for slots, name, one, place in self._held
+        )
 
     def _adopt(self) -> bool:
         """Moves what the optimizer keeps end to end, if there is as much of it for each parameter, each in
         memory of its own.
         """
         state, before = self._optimizer.state, self._kept
-        self._slots, self._tensors, self._kept, self._counts = [], [], {}, {}
+        self._slots, self._held, self._kept, self._counts = [], [], {}, {}
         slots = [state[p] for p in self._params if p in state]
         kept = dict[str, list[Tensor]]()
         for name in self._names:
@@ -216,19 +217,12 @@ class _Group:
                 flat.take(found)
                 for one, part in zip(found, flat.parts, strict=True):
                     one.data = part  # a caller may have taken hold of it
-            self._tensors += found
-        self._places = list(map(torch.Tensor.data_ptr, self._tensors))
+            self._held += [
+                (each, name, one, one.data_ptr()) for each, one in zip(slots, found, strict=True)
+            ]
         self._slots = [state.get(p) for p in self._params]
-        self._found = _names_in(self._slots), _values_in(self._slots)
+        self._sizes = [len(each or ()) for each in self._slots]
         return True
-
-
-def _names_in(slots: Sequence[dict[str, Any] | None]) -> list[str]:
-    return [name for each in slots if each for name in each]
-
-
-def _values_in(slots: Sequence[dict[str, Any] | None]) -> list[Any]:
-    return [value for each in slots if each for value in each.values()]
 
 
 def _is_plain(options: dict[str, Any]) -> bool:

@@ -312,6 +312,8 @@ EVENTFUL = {
         "early_stopping": sf.EarlyStopping("loss", patience=2),
     },
     "guard off": {"guard": sf.Guard("off"), "until": 700},
+    "several passes": {"batch": sf.Batch(20, micro=7), "until": 500},
+    "fp16": {"precision": "fp16", "until": 500},
     "watched": {"guard": sf.Guard("watch"), "optimizer": sf.SGD(lr=1e-9), "until": 500},
     "slow": {"optimizer": sf.SGD(lr=1e-9), "until": 500},
     "healed": None,

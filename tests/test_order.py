@@ -17,7 +17,7 @@ from surefoot.data.plan import Cadence, Plan
 from surefoot.data.pool import Pool
 from surefoot.data.sources import Arrays
 from surefoot.errors import RecipeError
-from surefoot.keys import key, word, words
+from surefoot.keys import key, seed_of, word, words
 from surefoot.record.ledger import Ledger
 from surefoot.types import HOLE, duration
 
@@ -138,6 +138,11 @@ def test_no_two_seeds_and_epochs_share_an_order():
     assert len(seen) == 1600
     assert len({key(a, "order", b) for a in range(300) for b in range(300)}) == 90_000
     assert key("1", 2) != key(1, 2) != key(12) != key("1", "2")
+
+
+@given(draws=st.integers(0, 2**64 - 1), step=st.integers(0, 2**40), micro=st.integers(0, 9))
+def test_seeds_that_are_made_for_many_steps_are_those_of_each(draws, step, micro):
+    assert seed_of(draws, step, micro) == word(word(draws, step), micro)
 
 
 def test_golden_vectors():

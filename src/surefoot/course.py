@@ -97,7 +97,7 @@ class Label(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """A step that was found fine, not settled yet. samples: consumed by then. multiplier: of the base rates.
+    """A step that was found fine, to be settled. samples: consumed by then. multiplier: of the base rates.
     numbers: of an `Attempt`; of a step that a graph took as a calm one the first four. norms: of the
     gradients, 1-d. ended: by `time.perf_counter`.
     """
@@ -245,9 +245,7 @@ def replay(
     return news(settle(quiet, None, None))
 
 
-def settle(
-    course: Course, label: Label | None, numbers: RowNumbers | None
-) -> Alarm | Stop | None:
+def settle(course: Course, label: Label | None, numbers: RowNumbers | None) -> Alarm | Stop | None:
     """Writes the rows whose numbers have arrived: with arguments those that are due, else all. The first
     verdict of the guard's review, if it has one. numbers: of an `Attempt`.
     """

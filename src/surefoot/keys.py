@@ -68,7 +68,7 @@ def seed_of(draws: int, step: int, micro: int) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _first_seeds(draws: int, block: int) -> list[int]:
-    """Those of the first micro-batches of some steps in a row, which take as long as a few by themselves."""
+    """Those of the first micro-batches of some steps in a row, which take as long as a few alone."""
     steps = np.arange(block * _TOGETHER, (block + 1) * _TOGETHER)
     found: list[int] = words(words(draws, steps), np.zeros_like(steps)).tolist()
     return found

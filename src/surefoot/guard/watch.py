@@ -153,23 +153,19 @@ class Watch:
         return min(self.judge.calm_for(), self.fine_for(step)) if self.on else _ANY
 
     def fine_for(self, step: int) -> int:
-        """How many steps from `step` on, if each is found fine, call for no alarm before the last; on a
-        host.
-        """
+        """How many steps from `step` on, if each is found fine, call for no alarm before the last."""
         if not self.on:
             return _ANY
         return 0 if self.history.unsettled(step) else self.reviewed.calm_for()
 
     def take_calm(self, step: int, losses: Sequence[float], norms: Sequence[float]) -> Alarm | None:
-        """Takes up steps that `calm_for` allowed for, the last of which is `step`, as `permit` and `review`
-        would have.
-        """
+        """`permit` and `review` of as many steps as `calm_for` allows for, or fewer; the last is `step`."""
         if self.on:
             self.judge.take_calm(losses, norms)
         return self.review_calm(step, losses)
 
     def review_calm(self, step: int, losses: Sequence[float]) -> Alarm | None:
-        """`review` of as many steps as `fine_for` allowed for, or fewer, the last of which is `step`."""
+        """`review` of as many steps as `fine_for` allows for, or fewer; the last is `step`."""
         self.num_refused_in_a_row = 0
         return self.reviewed.look_at_calm(step, losses) if self.on else None
 

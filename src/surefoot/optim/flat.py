@@ -129,7 +129,6 @@ class _Group:
         self._slots: list[dict[str, Any] | None] = []
         self._sizes: list[int] = []
         self._held: list[tuple[dict[str, Any], str, Tensor, int]] = []
-        self._factor = 0.0, weights
 
     def is_ready(self, options: dict[str, Any]) -> bool:
         """Whether an update is possible; what is kept lies end to end then."""
@@ -151,7 +150,8 @@ class _Group:
         """Of the weights before it, by the gradients that `is_ready` found."""
         momentum = self._kept.get("momentum_buffer")
         if momentum is not None and self._function is sgd and _is_plain(options):  # else most is Python
-            momentum.all.mul_(self._as_tensor(options["momentum"]))  # a number would take twice as long
+            factor = torch.scalar_tensor(options["momentum"], dtype=momentum.all.dtype, device="cpu")
+            momentum.all.mul_(factor)  # a number would take twice as long
             torch._foreach_add_(momentum.parts, self._grads)
             torch.add(self._before, momentum.all, alpha=-options["lr"], out=self._weights)
             return
@@ -165,13 +165,6 @@ class _Group:
         for first, *others in self._counts.values():
             if others:
                 torch._foreach_copy_(others, [first] * len(others))
-
-    def _as_tensor(self, momentum: float) -> Tensor:
-        """0-d, made once."""
-        if self._factor[0] != momentum:
-            made = torch.scalar_tensor(momentum, dtype=self._weights.dtype, device="cpu")
-            self._factor = momentum, made
-        return self._factor[1]
 
     def _list(self, name: str) -> Sequence[Tensor | None]:
         if name in self._counts:

@@ -10,6 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import surefoot as sf
+from surefoot.build import build
+from surefoot.operations import Operations
+from surefoot.record.folder import RunFolder
+from surefoot.train_step import gradients
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 PROPERTY = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -136,6 +140,34 @@ def test_the_rate_does_not_depend_on_accumulation(fit):
     ]
     assert np.array_equal(rates[0], rates[1])
     assert np.array_equal(rates[0], rates[2])
+
+
+def test_no_more_rows_go_through_the_model_at_once_than_operations_say(fit):
+    rows = []
+
+    def noted(model, data):
+        rows.append(len(data[0]))
+        return plain(model, (*data, None))
+
+    fit(objective=noted, batch=sf.Batch(20), until=5, operations={"compute": {"micro_batch": 6}})
+    assert rows[-4:] == [6, 6, 6, 2]
+    assert max(rows) == 6
+
+
+def test_gradients_are_those_of_the_parameters_that_have_one(tmp_path):
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused, self.used = nn.Linear(2, 2), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    run = build(recipe(model=Partly), RunFolder(tmp_path / "run"), Operations(progress="off")).run
+    _, trained, grads, _ = gradients(run.parts, run.feed.at(0))
+    assert [*map(id, trained)] == [*map(id, run.parts.model.used.parameters())]
+    assert all(p.grad is grad for p, grad in zip(trained, grads, strict=True))
+    run.record.discard()
 
 
 def test_a_physical_split_that_would_change_dropout_is_refused(fit):

@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from surefoot.data.plan import Plan
 from surefoot.heal import SELDOM
 from surefoot.measure.readings import Readings
 from surefoot.operations import Operations
+from surefoot.optim.schedules import Piece
 from surefoot.record.folder import RunFolder
 
 
@@ -156,6 +158,23 @@ def test_an_error_loses_no_row(tmp_path, together, error, monkeypatch):
     assert max(done, default=0) < 99
 
 
+@pytest.mark.parametrize("mode", ["heal", "off"])
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_a_schedule_that_fails_loses_no_step(tmp_path, mode, compile):
+    """It is asked for some steps ahead."""
+
+    @dataclass(frozen=True)
+    class Failing(Piece):
+        def curve(self, n, measure, *, start, before):
+            return lambda t: 1.0 if t != 100 else 1 / 0
+
+    changed = recipe(schedule=Failing(), guard=sf.Guard(mode), until=700)
+    operations = Operations(compute={"compile": compile}, progress="off")
+    with pytest.raises(ZeroDivisionError):
+        run(changed, tmp_path / "run", operations)
+    assert sf.open_run(tmp_path / "run").log()["step"].tolist() == list(range(100))
+
+
 def test_the_body_of_a_loop_runs_after_every_step(tmp_path, together):
     steps = [o.step for o in sf.steps(recipe(until=150), out=tmp_path / "run", operations=EAGER)]
     assert (steps, together) == (list(range(150)), [])
@@ -190,6 +209,7 @@ def test_a_row_has_the_time_of_its_step(tmp_path):
     between, wall_s = np.diff(log["time_s"]), log["wall_s"][1:]
     assert (between >= 0).all()
     assert np.median(np.abs(between - wall_s)) < 0.5 * np.median(wall_s)
+    assert wall_s.sum() < 1.2 * between.sum()  # no time is counted twice
 
 
 @pytest.mark.parametrize("rules", [{"max_refused_in_a_row": 3}, {}])

@@ -359,3 +359,11 @@ def test_a_signal_between_the_last_look_and_the_wait_for_a_batch_ends_the_wait()
     with pytest.raises(NoLongerWaiting):
         calm.next_batch(iter([None]), stop, calm.Clock())
     assert not stop.waiting
+
+
+def test_refusals_in_a_row_end_with_a_fine_step():
+    watch = Watch(sf.Guard("off"), torch.device("cpu"))
+    watch.review(step=0, loss=math.nan, verdict=NOT_FINITE, permitted=False, expected=False)
+    assert watch.num_refused_in_a_row == 1
+    assert watch.review_calm(1, [0.5]) is None
+    assert watch.num_refused_in_a_row == 0

@@ -239,3 +239,32 @@ def test_rows_are_those_of_torchs_class(tmp_path, monkeypatch):
     logs.append(sf.open_run(sf.fit(changed, out=tmp_path / "by class").run_dir).log())
     for name in ("loss", "grad_norm", "update_ratio"):
         assert logs[0][name].tobytes() == logs[1][name].tobytes()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("lr", [0.5, 1e30])
+def test_a_parameter_that_is_given_other_memory(at_once, lr):
+    """It is measured where it is, and where the update overflows it is put back there."""
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
+    optimizer = torch.optim.SGD(params, lr=lr, momentum=0.9)
+    updater = Updater(optimizer, params, measure_every=1)
+    if at_once:
+        updater.go_end_to_end()
+    for step, rate in enumerate((0.1, 0.1, lr, 0.1)):
+        if step == 2:
+            params[0].data = torch.full((4,), 2.0)
+        before = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad, kept = torch.full_like(p, 1e20 if rate > 1 else 1.0), optimizer.state.get(p)
+            if kept and kept["momentum_buffer"].shape != p.shape:
+                del optimizer.state[p]
+        ratio, applied = updater.apply(
+            torch.tensor(True), step=step, multiplier=1.0, base=[rate], grad_norm=torch.tensor(3.0)
+        )
+        moved = torch.cat([p.detach() - b for p, b in zip(params, before, strict=True)])
+        assert applied.item() == (rate < 1)
+        assert ratio.item() == pytest.approx((moved.norm() / torch.cat(before).norm()).item())
+        assert moved.any() == applied
+    assert updater.finite()
+    params[0].data = torch.tensor([torch.nan])
+    assert not updater.finite()

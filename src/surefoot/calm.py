@@ -115,7 +115,7 @@ def _one_by_one(course: Course, batches: Iterator[Minibatch], clock: Clock, most
     state, guard, now, begun = course.state, course.parts.guard, time.perf_counter, clock.boundary
     num, taken = min(most, EVERY - 1 - state.step % EVERY, guard.fine_for(state.step) - 1), list[Taken]()
     try:
-        for multiplier in multipliers(course, num):
+        for multiplier in multipliers(course, min(num, BLOCK)):
             if clock.boundary >= clock.ahead_until:
                 break
             asked = now()
@@ -129,7 +129,8 @@ def _one_by_one(course: Course, batches: Iterator[Minibatch], clock: Clock, most
             taken.append(Taken(*known, floats(attempt.numbers()), attempt.norms, ended))
     finally:
         if taken:
-            guard.review_calm(taken[-1].slots.step, [one.numbers[0] for one in taken])
+            losses = [one.numbers[0] for one in taken]
+            guard.review_calm(taken[-1].slots.step, losses)  # no alarm: there are too few of them
             settle_calm(course, taken, begun=begun, row_before=clock.row_before)
             clock.row_before = clock.boundary
     return Ahead(len(taken))

@@ -51,8 +51,8 @@ from surefoot.train_step import Attempt, Parts, train_step
 from surefoot.types import Minibatch, Slots
 
 _WARN_EVERY = 1000
-_CALM = float(FINE), 1.0, 1.0
-"""Verdict, clip and loss scale of a step of which nothing else is said."""
+_REST = float(FINE), 1.0, 1.0
+"""Verdict, clip and loss scale, as far as the numbers of a step that was found fine lack them."""
 
 
 class Record(Protocol):
@@ -207,10 +207,19 @@ def without_quarantined(course: Course, batch: Minibatch) -> Minibatch:
 
 
 def multipliers(course: Course, num: int) -> list[float]:
-    """What the base rates are multiplied by in the next steps."""
+    """What the base rates are multiplied by in the next steps: up to one for which the schedule fails,
+    unless that is the first.
+    """
     schedule, state, history = course.schedule, course.state, course.parts.guard.history
-    steps = range(state.step, state.step + num)
-    return [history.multiplier(step, schedule(step, cuts=state.lr_cuts)) for step in steps]
+    found: list[float] = []
+    for step in range(state.step, state.step + num):
+        try:
+            found.append(history.multiplier(step, schedule(step, cuts=state.lr_cuts)))
+        except Exception:  # of a caller's piece: the steps before it come first
+            if not found:
+                raise
+            break
+    return found
 
 
 def replay(
@@ -284,7 +293,7 @@ def settle_calm(course: Course, taken: Sequence[Taken], *, begun: float, row_bef
     for slots, samples, multiplier, num_micro, waited_s, numbers, _, ended in taken:
         times = waited_s, ended - begun, ended - row_before
         label = Label(slots, samples, base_lr * multiplier, num_micro, *times)
-        _note(course, label, (*numbers, *_CALM[len(numbers) - 4 :]), offset + ended)
+        _note(course, label, (*numbers, *_REST[len(numbers) - 4 :]), offset + ended)
         begun = row_before = ended
 
 

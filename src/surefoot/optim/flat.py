@@ -42,10 +42,10 @@ class Flat:
 
 
 def end_to_end(
-    optimizer: Optimizer, detached: dict[Tensor, Tensor], before: Flat, after: Flat
+    optimizer: Optimizer, params: Sequence[Tensor], before: Flat, after: Flat
 ) -> EndToEnd | None:
-    """Updates at once of all parameters of an optimizer, of which `detached` holds each; None if that is
-    not possible. before: copies of them, taken before each update; after: room for more. Both are used if
+    """Updates at once of all parameters of an optimizer, which are among `params`; None if that is not
+    possible. before: copies of `params`, taken before each update; after: room for more. Both are used if
     their order is that of the optimizer's groups.
 
     It takes a function of torch's that is not fused, and weights that are all in single or all in double
@@ -58,11 +58,11 @@ def end_to_end(
     if any(g.get("fused") or (g.get("foreach") and type(optimizer) is torch.optim.NAdam) for g in groups):
         return None
     plain = {p.dtype for p in own} in ({torch.float32}, {torch.float64}) and all(p.is_cpu for p in own)
-    if not plain or not set(own) <= detached.keys() or not _are_apart(own):
+    if not plain or not set(own) <= set(params) or not _are_apart(own):
         return None
-    same = len(own) == len(detached) and all(map(is_, own, detached))
+    same = len(own) == len(params) and all(map(is_, own, params))
     room = (before, after) if same else (Flat(own), Flat(own))
-    return EndToEnd(optimizer, *room, copied=[detached[p] for p in own], is_taken=same)
+    return EndToEnd(optimizer, *room, takes=not same)
 
 
 class EndToEnd:
@@ -76,15 +76,11 @@ class EndToEnd:
     weights: of the parameters after an update, in the order of the optimizer's groups.
 
     Args:
-        before: the same before it. is_taken: they are by somebody else.
-        copied: the parameters, detached: if somebody gives one of them other memory, the two differ.
+        before: the same before it. takes: they are copied here.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, before: Flat, weights: Flat, *, copied: Sequence[Tensor], is_taken: bool
-    ) -> None:
-        self.weights, self._before, self._is_taken = weights, before, is_taken
-        self._optimizer, self._copied = optimizer, copied
+    def __init__(self, optimizer: Optimizer, before: Flat, weights: Flat, *, takes: bool) -> None:
+        self.weights, self._before, self._takes, self._optimizer = weights, before, takes, optimizer
         self._params, groups = _params(optimizer), optimizer.param_groups
         sizes = [sum(p.numel() for p in group["params"]) for group in groups]
         room = torch.split(before.all, sizes), torch.split(weights.all, sizes)
@@ -92,17 +88,17 @@ class EndToEnd:
 
     def step(self) -> bool:
         """Updates the parameters. False, with nothing done, if it is an update for torch's class: a
-        parameter has no gradient or lies elsewhere by now, groups have changed, something that the
-        optimizer keeps is missing, or an option is one that is seldom used.
+        parameter has no gradient, groups have changed, something that the optimizer keeps is missing, or an
+        option is one that is seldom used. To be called while parameters lie where they did.
         """
         groups = self._optimizer.param_groups
-        if len(groups) != len(self._groups) or not all(map(_is_at, self._params, self._copied)):
+        if len(groups) != len(self._groups):
             return False
         each = list(zip(self._groups, groups, strict=True))
         if not all(group.is_ready(options) for group, options in each):
             return False
         with torch.no_grad():
-            if not self._is_taken:
+            if self._takes:
                 self._before.take(self._params)
             for group, options in each:
                 group.update(options)

@@ -45,8 +45,8 @@ class Updater:
     """
 
     def __init__(self, optimizer: Optimizer, params: Sequence[Tensor], *, measure_every: int) -> None:
-        self.optimizer, self._detached = optimizer, {p: p.detach() for p in params}
-        self.params = list(self._detached.values())
+        self.optimizer, self._own = optimizer, list(params)
+        self.params = [p.detach() for p in params]
         self._every = measure_every
         self._copies = self._new_copies() if measure_every == 1 else None
         self._end_to_end: EndToEnd | None = None
@@ -100,6 +100,7 @@ class Updater:
         the optimizer's state too. That takes copies, so it is watched for where it can happen: see `_tame`.
         """
         self.set_rates(multiplier, base)
+        self._follow()
         if not self.asks_device and not permitted.item():
             return torch.zeros_like(self._unmeasured), permitted
         measured = self.measures(step)
@@ -133,8 +134,8 @@ class Updater:
         seen = torch._C._autograd._profiler_enabled()  # which is told of it
         if self._bare_step is None or seen or self.is_hooked():
             self.optimizer.step()
-        elif self._end_to_end is not None and self._end_to_end.step():
-            if copies is not None and self._end_to_end.weights is copies[1]:
+        elif self._end_to_end is not None and copies is not None and self._end_to_end.step():
+            if self._end_to_end.weights is copies[1]:
                 return
         elif self.asks_device or not fused_sgd_step(self.optimizer):
             self._bare_step(self.optimizer)
@@ -146,7 +147,14 @@ class Updater:
         none of whose updates is compiled.
         """
         if self._copies is not None:
-            self._end_to_end = end_to_end(self.optimizer, self._detached, *self._copies)
+            self._end_to_end = end_to_end(self.optimizer, self._own, *self._copies)
+
+    def _follow(self) -> None:
+        """Takes up that somebody gave a parameter other memory."""
+        if not all(map(Tensor.is_set_to, self._own, self.params)):
+            self.params = [p.detach() for p in self._own]
+            self._copies = self._new_copies() if self._copies else None
+            self._end_to_end = None
 
     def is_hooked(self) -> bool:
         """Whether somebody is to be told of a step: by a hook, which the caller may add at any time, or a
@@ -194,6 +202,7 @@ class Updater:
 
     def finite(self) -> bool:
         """Whether all weights are."""
+        self._follow()
         return math.isfinite(global_norm(self.params).item())
 
 

@@ -111,11 +111,12 @@ def steps_ahead(course: Course, batches: Iterator[Minibatch], clock: Clock, *, m
 
 
 def _one_by_one(course: Course, batches: Iterator[Minibatch], clock: Clock, most: int) -> Ahead:
-    """Takes steps, up to the first that is not simply fine. None before it can raise an alarm."""
+    """Takes steps, up to the first that is not simply fine. Only the last of a block can raise an alarm."""
     state, guard, now, begun = course.state, course.parts.guard, time.perf_counter, clock.boundary
-    num, taken = min(most, EVERY - 1 - state.step % EVERY, guard.fine_for(state.step) - 1), list[Taken]()
+    num, alarm = min(most, EVERY - 1 - state.step % EVERY, guard.fine_for(state.step), BLOCK), None
+    taken: list[Taken] = []
     try:
-        for multiplier in multipliers(course, min(num, BLOCK)):
+        for multiplier in multipliers(course, num):
             if clock.boundary >= clock.ahead_until:
                 break
             asked = now()
@@ -129,11 +130,10 @@ def _one_by_one(course: Course, batches: Iterator[Minibatch], clock: Clock, most
             taken.append(Taken(*known, floats(attempt.numbers()), attempt.norms, ended))
     finally:
         if taken:
-            losses = [one.numbers[0] for one in taken]
-            guard.review_calm(taken[-1].slots.step, losses)  # no alarm: there are too few of them
+            alarm = guard.review_calm(taken[-1].slots.step, [one.numbers[0] for one in taken])
             settle_calm(course, taken, begun=begun, row_before=clock.row_before)
             clock.row_before = clock.boundary
-    return Ahead(len(taken))
+    return Ahead(len(taken), alarm=heeded(course, alarm))
 
 
 def _calm_steps(course: Course, batches: Iterator[Minibatch], clock: Clock, take: Take, most: int) -> Ahead:

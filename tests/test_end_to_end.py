@@ -242,22 +242,24 @@ def test_rows_are_those_of_torchs_class(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("moves", [True, False])
 @pytest.mark.parametrize("lr", [0.5, 1e30])
-def test_a_parameter_that_is_given_other_memory(at_once, lr):
-    """It is measured where it is, and where the update overflows it is put back there."""
+def test_a_parameter_is_measured_and_put_back_where_it_is(at_once, moves, lr):
+    """Though it is given other memory, and where the update overflows."""
     params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
     optimizer = torch.optim.SGD(params, lr=lr, momentum=0.9)
     updater = Updater(optimizer, params, measure_every=1)
     if at_once:
         updater.go_end_to_end()
     for step, rate in enumerate((0.1, 0.1, lr, 0.1)):
-        if step == 2:
+        if step == 2 and moves:
             params[0].data = torch.full((4,), 2.0)
         before = [p.detach().clone() for p in params]
         for p in params:
             p.grad, kept = torch.full_like(p, 1e20 if rate > 1 else 1.0), optimizer.state.get(p)
             if kept and kept["momentum_buffer"].shape != p.shape:
                 del optimizer.state[p]
+        momenta = [s["momentum_buffer"].clone() for s in optimizer.state.values()]
         ratio, applied = updater.apply(
             torch.tensor(True), step=step, multiplier=1.0, base=[rate], grad_norm=torch.tensor(3.0)
         )
@@ -265,6 +267,9 @@ def test_a_parameter_that_is_given_other_memory(at_once, lr):
         assert applied.item() == (rate < 1)
         assert ratio.item() == pytest.approx((moved.norm() / torch.cat(before).norm()).item())
         assert moved.any() == applied
+        if not applied:
+            kept = [s["momentum_buffer"] for s in optimizer.state.values()]
+            assert all(map(torch.equal, kept, momenta))
     assert updater.finite()
     params[0].data = torch.tensor([torch.nan])
     assert not updater.finite()

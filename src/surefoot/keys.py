@@ -67,7 +67,7 @@ def seed_of(draws: int, step: int, micro: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _first_seeds(draws: int, block: int) -> tuple[int, ...]:
-    """Those of the first micro-batches of 64 steps in a row: for the time of fifteen alone."""
+    """Those of the first micro-batches of some steps in a row: together they take less time."""
     steps = np.arange(block * _TOGETHER, (block + 1) * _TOGETHER)
     return tuple(mix(mix(words(draws, steps)) + _GOLDEN).tolist())
 

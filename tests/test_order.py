@@ -1,6 +1,13 @@
 """The order of samples: a bijection, well mixed, without state, and proved by the ledger."""
 
+import copy
+import gc
 import itertools
+import os
+import pickle
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -65,6 +72,114 @@ def test_any_stretch_is_what_the_whole_says(n, data):
     stop = data.draw(st.integers(start + 1, min(n, start + 3000)))
     stretch = Order(n, seed=3, shuffle=True).take(5, start, stop)
     assert np.array_equal(stretch, order(n, 3, 5)[start:stop])
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """(name of the thread, epoch, chunk) of all that is made, of any size, in a process with two cores."""
+    seen, make = [], Order._made
+
+    def told(self, epoch, index):
+        seen.append((threading.current_thread().name, epoch, index))
+        return make(self, epoch, index)
+
+    monkeypatch.setattr(Order, "_made", told)
+    monkeypatch.setattr("surefoot.data.order._WORTH_WHILE", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    return seen
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    n=SIZES,
+    places=st.lists(st.tuples(st.integers(0, 3), st.floats(0, 1), st.booleans()), min_size=1, max_size=9),
+)
+def test_ids_that_are_made_ahead_are_the_same(made, n, places):
+    """Wherever one jumps to meanwhile."""
+    taken = Order(n, seed=5, shuffle=True)
+    for epoch, share, ahead in places:
+        start = int(share * (n - 1))
+        expected = order(n, seed=5, epoch=epoch)[start : start + 70_000]
+        assert np.array_equal(taken.take(epoch, start, start + len(expected), ahead=ahead), expected)
+
+
+@pytest.mark.parametrize("tail", ["keep", "drop", "straddle"])
+def test_each_next_chunk_is_made_by_another_thread(made, monkeypatch, tail):
+    plan, num = Plan(100_000, 64, tail=tail, seed=3), 3 * 1562 if tail == "drop" else 3 * 1563 - 4
+    batches = Feed(Arrays(torch.arange(100_000)), plan, 0, torch.device("cpu")).batches(0, num)
+    read = torch.cat([batch.data for batch in batches])
+    plan._order._aside.made()
+    places = [place for _, *place in made]
+    assert places == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 0], [2, 1], [3, 0]]
+    assert [name for name, *_ in made] == ["MainThread", *["surefoot-order_0"] * 6]
+    assert torch.equal(read, torch.cat([torch.tensor(plan.ids(step)) for step in range(num)]))
+    made.clear()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    Order(100_000, seed=3, shuffle=True).take(0, 0, 9, ahead=True)
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("trouble", ["no thread", "no memory"])
+def test_what_cannot_be_made_ahead_is_made_when_it_is_asked_for(made, monkeypatch, trouble):
+    ahead, make = Order(80_000, seed=1, shuffle=True), Order._made
+
+    def fails(self, *place):
+        if threading.current_thread() is not threading.main_thread():
+            raise MemoryError
+        return make(self, *place)
+
+    def no_more(*task):
+        raise RuntimeError("can't start new thread")
+
+    if trouble == "no thread":
+        monkeypatch.setattr("surefoot.data.order.ThreadPoolExecutor.submit", no_more)
+    else:
+        monkeypatch.setattr(Order, "_made", fails)
+    for start in (0, 70_000):
+        expected = order(80_000, seed=1)[start : start + 9]
+        assert np.array_equal(ahead.take(0, start, start + 9, ahead=True), expected)
+    assert [name for name, *_ in made] == ["MainThread"] * 2
+
+
+def test_a_process_forked_while_another_thread_makes_ids_goes_on_by_itself(made, monkeypatch):
+    taken, make, go_on = Order(80_000, seed=1, shuffle=True), Order._made, threading.Event()
+
+    def slowly(self, *place):
+        if threading.current_thread() is not threading.main_thread():
+            go_on.wait(60)
+        return make(self, *place)
+
+    monkeypatch.setattr(Order, "_made", slowly)
+    taken.take(0, 0, 9, ahead=True)
+    child = os.fork()
+    if child == 0:  # its `go_on` is never set
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(30)
+        right = np.array_equal(taken.take(0, 70_000, 70_009), order(80_000, seed=1)[70_000:70_009])
+        go_on.set()
+        taken.take(1, 0, 9, ahead=True)  # by a thread of its own
+        right &= np.array_equal(taken.take(1, 70_000, 70_009), order(80_000, 1, 1)[70_000:70_009])
+        os._exit(0 if right else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    go_on.set()
+    assert np.array_equal(taken.take(0, 70_000, 70_009), order(80_000, seed=1)[70_000:70_009])
+
+
+def test_a_run_leaves_no_thread_behind(made, fit):
+    fit(data=sf.Arrays(*blobs(500)), until=40)
+    assert "surefoot-order_0" in {name for name, *_ in made}
+    until = time.monotonic() + 60
+    while any(thread.name.startswith("surefoot-order") for thread in threading.enumerate()):
+        assert time.monotonic() < until
+        gc.collect()
+        time.sleep(0.01)
+
+
+def test_an_order_can_be_copied_while_another_thread_makes_ids(made):
+    plan = Plan(100_000, 64, tail="drop", seed=3)
+    plan.whole(0, 9)
+    for again in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
+        assert np.array_equal(again.ids(1030), plan.ids(1030))
 
 
 @pytest.mark.parametrize("n", [3, 4, 5, 6])
@@ -369,9 +484,9 @@ def test_gathered_are_the_bytes_of_the_rows(threads, num_threads, kinds, n):
             array = array[:1].expand_as(array)
         arrays.append(array)
     source = Arrays(*arrays)
-    pool = Pool(source.arrays())
+    pool = Pool(source.arrays(), 2 * n)
     for turn in range(4):  # into fresh memory, and into memory used before
-        ids = np.random.default_rng(turn).integers(0, n, 2 * n)
+        ids = np.random.default_rng(turn).integers(0, n, 2 * n - turn % 2)
         right = [t.index_select(0, torch.from_numpy(ids)) for t in source.arrays()]
         assert all(map(_same_bytes, pool.gather(ids), right))
 

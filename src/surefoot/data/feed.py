@@ -92,7 +92,8 @@ class Feed:
         """Gathers batches of some steps in one call, short ones each by itself. Where one begins in memory
         depends on its step alone, and not on `start`: kernels may round otherwise for another alignment.
         """
-        pool, most = Pool(self.source.arrays()), self._gathers
+        most = self._gathers
+        pool = Pool(self.source.arrays(), most * self.plan.batch_size)
         first = start // most * most
         while first < stop:
             short, last = self.plan.next_short(first), min(stop, first // most * most + most)

@@ -11,8 +11,12 @@ to the quality of the hash, which a Feistel network on a tiny domain is not. Bot
 from __future__ import annotations
 
 import math
+import os
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +29,7 @@ _SMALL = 1 << 16
 _CHUNK = 1 << 16
 _BLOCK = 1 << 14  # of a chunk that is computed at once, to stay in a cache
 _TABLED = 1 << 14  # values of a half up to which their hashes are looked up
+_WORTH_WHILE = 1 << 13  # ids that take longer to make than to ask another thread for them
 
 
 class Permutation:
@@ -153,6 +158,25 @@ def sorting(hashes: Words) -> Ids:
     return order.astype(np.int64, copy=False)
 
 
+class _Aside:
+    """Another thread, of this process only, which makes a chunk meanwhile: that of `place`."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self._thread = ThreadPoolExecutor(1, "surefoot-order")  # it ends with this object
+        self.place: tuple[int, int] | None = None
+        self._ids: Future[Ids] | None = None
+
+    def begin(self, make: Callable[[int, int], Ids], *place: *tuple[int, int]) -> None:
+        """Has it made, if there is a thread for it."""
+        with suppress(RuntimeError):  # this process can have no more of them
+            self._ids, self.place = self._thread.submit(make, *place), place
+
+    def made(self) -> Ids | None:
+        """It, once it is made; None if that failed."""
+        return None if self._ids is None or self._ids.exception() else self._ids.result()
+
+
 class Order:
     """Sample ids by (epoch, position), from a small cache of aligned chunks.
 
@@ -163,26 +187,44 @@ class Order:
         self.n, self.seed, self.shuffle = n, seed, shuffle
         self._permutations: OrderedDict[int, Permutation] = OrderedDict()
         self._chunks: OrderedDict[tuple[int, int], Ids] = OrderedDict()
+        self._aside: _Aside | None = None
 
-    def take(self, epoch: int, start: int, stop: int) -> Ids:
-        """Ids at positions ``start..stop`` of an epoch: int64[stop - start]."""
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_aside": None}
+
+    def take(self, epoch: int, start: int, stop: int, *, ahead: bool = False) -> Ids:
+        """Ids at positions ``start..stop`` of an epoch: int64[stop - start]. ahead: the next ones will be
+        asked for after these, so another thread makes them meanwhile.
+        """
         if not self.shuffle:
             return np.arange(start, stop, dtype=np.int64)
         first, last = start // _CHUNK, (stop - 1) // _CHUNK
         if first == last:
-            return self._chunk(epoch, first)[start - first * _CHUNK : stop - first * _CHUNK]
-        joined = np.concatenate([self._chunk(epoch, c) for c in range(first, last + 1)])
+            return self._chunk(epoch, first, ahead)[start - first * _CHUNK : stop - first * _CHUNK]
+        joined = np.concatenate([self._chunk(epoch, c, ahead) for c in range(first, last + 1)])
         return joined[start - first * _CHUNK : stop - first * _CHUNK]
 
-    def _chunk(self, epoch: int, index: int) -> Ids:
+    def _chunk(self, epoch: int, index: int, ahead: bool) -> Ids:
         found = self._chunks.get((epoch, index))
         if found is None:
-            stop = min((index + 1) * _CHUNK, self.n)
-            positions = np.arange(index * _CHUNK, stop, dtype=np.int64)
-            found = self._chunks[epoch, index] = self.permutation(epoch)(positions)
-            found.flags.writeable = False
+            aside = self._aside
+            if aside is None or aside.process != os.getpid():  # this one was forked from that
+                aside = self._aside = _Aside()
+            found = aside.made() if aside.place == (epoch, index) else None
+            if found is None:
+                found = self._made(epoch, index)
+            self._chunks[epoch, index] = found
             if len(self._chunks) > 4:
                 self._chunks.popitem(last=False)
+            if ahead and self.n >= _WORTH_WHILE and len(os.sched_getaffinity(0)) > 1:
+                is_last = (index + 1) * _CHUNK >= self.n
+                aside.begin(self._made, *((epoch + 1, 0) if is_last else (epoch, index + 1)))
+        return found
+
+    def _made(self, epoch: int, index: int) -> Ids:
+        positions = np.arange(index * _CHUNK, min((index + 1) * _CHUNK, self.n), dtype=np.int64)
+        found = self.permutation(epoch)(positions)
+        found.flags.writeable = False
         return found
 
     def permutation(self, epoch: int) -> Permutation:

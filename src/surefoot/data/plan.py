@@ -72,11 +72,15 @@ class Plan:
         """Slots of update `step`, counted from 0."""
         if step < 0:
             raise IndexError(f"steps count from 0, got {step}")
+        return self._at(step, ahead=False)
+
+    def _at(self, step: int, *, ahead: bool) -> Slots:
+        """ahead: see `Order.take`."""
         n, b = self.num_samples, self.batch_size
         if self.tail == "straddle":
-            return self._straddling(step)
+            return self._straddling(step, ahead)
         epoch, index = divmod(step, self._per_epoch)
-        ids = self._order.take(epoch, index * b, min((index + 1) * b, n))
+        ids = self._order.take(epoch, index * b, min((index + 1) * b, n), ahead=ahead)
         num_samples = len(ids)
         if self.tail == "pad" and num_samples < b:
             ids = np.concatenate([ids, np.full(b - num_samples, HOLE, np.int64)])
@@ -96,21 +100,21 @@ class Plan:
         per_epoch = n if self.tail == "straddle" else self._per_epoch * b
         epoch, start = divmod(first * b, per_epoch)
         if start + num * b > min(n, per_epoch):
-            slots = [self.at(step) for step in range(first, stop)]
+            slots = [self._at(step, ahead=True) for step in range(first, stop)]
             return slots, np.concatenate([s.ids for s in slots])
-        ids = self._order.take(epoch, start, start + num * b).copy()
+        ids = self._order.take(epoch, start, start + num * b, ahead=True).copy()
         return [Slots(first + i, epoch, ids[i * b : (i + 1) * b], None, b) for i in range(num)], ids
 
-    def _straddling(self, step: int) -> Slots:
+    def _straddling(self, step: int, ahead: bool) -> Slots:
         n, b = self.num_samples, self.batch_size
         epoch, start = divmod(step * b, n)
         if start + b <= n:
-            return Slots(step, epoch, self._order.take(epoch, start, start + b), None, b)
+            return Slots(step, epoch, self._order.take(epoch, start, start + b, ahead=ahead), None, b)
         ids, epochs, slot = [], [], step * b
         while slot < (step + 1) * b:
             e, position = divmod(slot, n)
             stop = min(n, position + (step + 1) * b - slot)
-            ids.append(self._order.take(e, position, stop))
+            ids.append(self._order.take(e, position, stop, ahead=ahead))
             epochs.append(np.full(stop - position, e, np.int64))
             slot += stop - position
         return Slots(step, epoch, np.concatenate(ids), np.concatenate(epochs), b)

@@ -18,28 +18,32 @@ _BUFFERS = 3
 class Pool:
     """Gathers rows of arrays into memory used before, where no tensor refers to it any more: fresh memory
     takes about as long as what is written into it.
+
+    Args:
+        most: rows that are gathered at once.
     """
 
-    def __init__(self, arrays: list[Tensor]) -> None:
-        self._arrays = _Memory(arrays)
+    def __init__(self, arrays: list[Tensor], most: int) -> None:
+        self._arrays, self._most = _Memory(arrays), most
         self._kept: deque[_Memory] = deque(maxlen=_BUFFERS)
 
     def gather(self, ids: Ids) -> list[Tensor]:
         """Rows of each array; only views of these may be given away."""
-        index = torch.from_numpy(ids)
-        into = next((kept for kept in self._kept if kept.is_free(len(ids))), None)
+        num, index = len(ids), torch.from_numpy(ids)
+        into = next((kept for kept in self._kept if kept.is_free()), None)
         if into is None:
-            into = _Memory([t.index_select(0, index) for t in self._arrays.tensors])
+            into = _Memory([t.new_empty((self._most, *t.shape[1:])) for t in self._arrays.tensors])
             self._kept.append(into)
-            return into.tensors
+        found = into.tensors if num == self._most else [t[:num] for t in into.tensors]
         by_numpy = torch.get_num_threads() == 1  # which is faster then
         self._arrays.follow()
-        for i, (tensor, rows) in enumerate(zip(self._arrays.tensors, self._arrays.rows, strict=True)):
-            if by_numpy and rows is not None:
-                np.take(rows, ids, axis=0, out=into.rows[i], mode="clip")
+        each = zip(self._arrays.tensors, self._arrays.rows, found, into.rows, strict=True)
+        for tensor, rows, out, out_rows in each:
+            if by_numpy and rows is not None and out_rows is not None:
+                np.take(rows, ids, axis=0, out=out_rows[:num], mode="clip")
             else:
-                torch.index_select(tensor, 0, index, out=into.tensors[i])
-        return into.tensors
+                torch.index_select(tensor, 0, index, out=out)
+        return found
 
 
 class _Memory:
@@ -59,11 +63,11 @@ class _Memory:
         if now != self._places:
             self._places, self.rows = now, [_bytes(t) for t in self.tensors]
 
-    def is_free(self, num_rows: int) -> bool:
-        """Whether it is for so many rows, and no other tensor, view or array, nor a graph of autograd, nor
-        another process, has the memory of any of these.
+    def is_free(self) -> bool:
+        """Whether no other tensor, view or array, nor a graph of autograd, nor another process, has the
+        memory of any of these.
         """
-        if len(self.tensors[0]) != num_rows or any(t.untyped_storage().is_shared() for t in self.tensors):
+        if any(t.untyped_storage().is_shared() for t in self.tensors):
             return False
         return [_uses(t) for t in self.tensors] == self._own_uses
 

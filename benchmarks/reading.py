@@ -1,8 +1,9 @@
 """Shuffled reading of arrays in memory: samples per second.
 
-    python benchmarks/reading.py [--rounds 7] [--out benchmarks/results/reading.json]
+    python benchmarks/reading.py [--rounds 7] [--one-core] [--out benchmarks/results/reading.json]
 
-A million samples of 64 float32 in batches of 256, without training, one thread. Contenders take an epoch
+A million samples of 64 float32 in batches of 256, without training, one thread of torch's; on all cores, or
+on one, where no other thread can make the next order meanwhile. Contenders take an epoch
 each in turns; medians, and medians of ratios of neighbouring turns:
 
 * ``surefoot``: the batches of a run with `sf.Arrays`: order, gathering, checks;
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +36,11 @@ EPOCH = SAMPLES // BATCH
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--one-core", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if arguments.one_core:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     x = torch.randn(SAMPLES, WIDTH)
     times = in_turns(
@@ -46,6 +51,7 @@ def main() -> None:
     )
     all_times = times | {"dataloader": slow["dataloader"]}
     result: dict[str, Any] = {
+        "cores": len(os.sched_getaffinity(0)),
         "us_per_batch": {name: statistics.median(values) for name, values in all_times.items()},
         "rate_of_index_select": 1 / ratio(times, "surefoot", "index_select"),
         "times_dataloader": ratio(slow, "dataloader", "surefoot"),

@@ -108,7 +108,7 @@ def test_each_next_chunk_is_made_by_another_thread(made, monkeypatch, tail):
     plan, num = Plan(100_000, 64, tail=tail, seed=3), 3 * 1562 if tail == "drop" else 3 * 1563 - 4
     batches = Feed(Arrays(torch.arange(100_000)), plan, 0, torch.device("cpu")).batches(0, num)
     read = torch.cat([batch.data for batch in batches])
-    plan._order._aside.made()
+    plan._order._aside.made(3, 0)
     places = [place for _, *place in made]
     assert places == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 0], [2, 1], [3, 0]]
     assert [name for name, *_ in made] == ["MainThread", *["surefoot-order_0"] * 6]

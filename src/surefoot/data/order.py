@@ -159,22 +159,22 @@ def sorting(hashes: Words) -> Ids:
 
 
 class _Aside:
-    """Another thread, of this process only, which makes a chunk meanwhile: that of `place`."""
+    """Another thread, of this process only, which makes a chunk meanwhile."""
 
     def __init__(self) -> None:
         self.process = os.getpid()
         self._thread = ThreadPoolExecutor(1, "surefoot-order")  # it ends with this object
-        self.place: tuple[int, int] | None = None
-        self._ids: Future[Ids] | None = None
+        self._begun: tuple[tuple[int, ...], Future[Ids]] | None = None
 
     def begin(self, make: Callable[[int, int], Ids], *place: *tuple[int, int]) -> None:
         """Has it made, if there is a thread for it."""
         with suppress(RuntimeError):  # this process can have no more of them
-            self._ids, self.place = self._thread.submit(make, *place), place
+            self._begun = place, self._thread.submit(make, *place)
 
-    def made(self) -> Ids | None:
-        """It, once it is made; None if that failed."""
-        return None if self._ids is None or self._ids.exception() else self._ids.result()
+    def made(self, *place: int) -> Ids | None:
+        """The chunk of a place, once it is made, if it is that one, and did not fail."""
+        of, ids = self._begun or ((), None)
+        return None if ids is None or of != place or ids.exception() else ids.result()
 
 
 class Order:
@@ -210,7 +210,7 @@ class Order:
             aside = self._aside
             if aside is None or aside.process != os.getpid():  # this one was forked from that
                 aside = self._aside = _Aside()
-            found = aside.made() if aside.place == (epoch, index) else None
+            found = aside.made(epoch, index)
             if found is None:
                 found = self._made(epoch, index)
             self._chunks[epoch, index] = found

@@ -6,6 +6,8 @@ import itertools
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -23,7 +25,7 @@ from surefoot.data.order import ALGORITHM, Order, Permutation, sorting
 from surefoot.data.plan import Cadence, Plan
 from surefoot.data.pool import Pool
 from surefoot.data.sources import Arrays
-from surefoot.errors import RecipeError
+from surefoot.errors import DataError, RecipeError
 from surefoot.keys import key, seed_of, word, words
 from surefoot.record.ledger import Ledger
 from surefoot.types import HOLE, duration
@@ -74,13 +76,17 @@ def test_any_stretch_is_what_the_whole_says(n, data):
     assert np.array_equal(stretch, order(n, 3, 5)[start:stop])
 
 
+def in_main_thread():
+    return threading.get_ident() == threading.main_thread().ident
+
+
 @pytest.fixture
 def made(monkeypatch):
-    """(name of the thread, epoch, chunk) of all that is made, of any size, in a process with two cores."""
+    """(by the main thread, epoch, chunk) of all that is made, of any size, in a process with two cores."""
     seen, make = [], Order._made
 
     def told(self, epoch, index):
-        seen.append((threading.current_thread().name, epoch, index))
+        seen.append((in_main_thread(), epoch, index))
         return make(self, epoch, index)
 
     monkeypatch.setattr(Order, "_made", told)
@@ -108,10 +114,10 @@ def test_each_next_chunk_is_made_by_another_thread(made, monkeypatch, tail):
     plan, num = Plan(100_000, 64, tail=tail, seed=3), 3 * 1562 if tail == "drop" else 3 * 1563 - 4
     batches = Feed(Arrays(torch.arange(100_000)), plan, 0, torch.device("cpu")).batches(0, num)
     read = torch.cat([batch.data for batch in batches])
-    plan._order._aside.made(3, 0)
+    plan._order._next.result()
     places = [place for _, *place in made]
     assert places == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 0], [2, 1], [3, 0]]
-    assert [name for name, *_ in made] == ["MainThread", *["surefoot-order_0"] * 6]
+    assert [by_main for by_main, *_ in made] == [True, *[False] * 6]
     assert torch.equal(read, torch.cat([torch.tensor(plan.ids(step)) for step in range(num)]))
     made.clear()
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
@@ -124,7 +130,7 @@ def test_what_cannot_be_made_ahead_is_made_when_it_is_asked_for(made, monkeypatc
     ahead, make = Order(80_000, seed=1, shuffle=True), Order._made
 
     def fails(self, *place):
-        if threading.current_thread() is not threading.main_thread():
+        if not in_main_thread():
             raise MemoryError
         return make(self, *place)
 
@@ -132,20 +138,20 @@ def test_what_cannot_be_made_ahead_is_made_when_it_is_asked_for(made, monkeypatc
         raise RuntimeError("can't start new thread")
 
     if trouble == "no thread":
-        monkeypatch.setattr("surefoot.data.order.ThreadPoolExecutor.submit", no_more)
+        monkeypatch.setattr("surefoot.data.meanwhile.start_new_thread", no_more)
     else:
         monkeypatch.setattr(Order, "_made", fails)
     for start in (0, 70_000):
         expected = order(80_000, seed=1)[start : start + 9]
         assert np.array_equal(ahead.take(0, start, start + 9, ahead=True), expected)
-    assert [name for name, *_ in made] == ["MainThread"] * 2
+    assert [by_main for by_main, *_ in made] == [True] * 2
 
 
 def test_a_process_forked_while_another_thread_makes_ids_goes_on_by_itself(made, monkeypatch):
     taken, make, go_on = Order(80_000, seed=1, shuffle=True), Order._made, threading.Event()
 
     def slowly(self, *place):
-        if threading.current_thread() is not threading.main_thread():
+        if not in_main_thread():
             go_on.wait(60)
         return make(self, *place)
 
@@ -165,21 +171,78 @@ def test_a_process_forked_while_another_thread_makes_ids_goes_on_by_itself(made,
     assert np.array_equal(taken.take(0, 70_000, 70_009), order(80_000, seed=1)[70_000:70_009])
 
 
-def test_a_run_leaves_no_thread_behind(made, fit):
-    fit(data=sf.Arrays(*blobs(500)), until=40)
-    assert "surefoot-order_0" in {name for name, *_ in made}
-    until = time.monotonic() + 60
-    while any(thread.name.startswith("surefoot-order") for thread in threading.enumerate()):
-        assert time.monotonic() < until
-        gc.collect()
-        time.sleep(0.01)
+def test_runs_leave_no_thread_behind(made, fit):
+    def count():
+        return len(os.listdir("/proc/self/task"))
+
+    gc.disable()
+    try:
+        fit(data=sf.Arrays(*blobs(500)), until=40)  # torch's own threads begin
+        before = count()
+        for _ in range(5):
+            fit(data=sf.Arrays(*blobs(500)), until=40)
+        assert False in {by_main for by_main, *_ in made}
+        until = time.monotonic() + 60
+        while count() > before:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("moment", ["as it begins", 2e-3, 4e-3, 8e-3])
+def test_a_process_ends_whenever_a_signal_comes(moment):
+    """Nothing waits for the other thread then."""
+    code = f"""
+import os, signal
+from surefoot.data import meanwhile
+from surefoot.data.plan import Plan
+
+start, moment, plan = meanwhile.start_new_thread, {moment!r}, Plan(2_000_000, 64, seed=5)
+
+def interrupted(*of):
+    start(*of)
+    os.kill(os.getpid(), signal.SIGINT)
+
+if isinstance(moment, float):
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, moment)
+else:
+    meanwhile.start_new_thread = interrupted
+for first in range(0, 31_000, 32):
+    plan.whole(first, first + 32)
+signal.pause()
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+    assert "KeyboardInterrupt" in done.stderr
 
 
 def test_an_order_can_be_copied_while_another_thread_makes_ids(made):
-    plan = Plan(100_000, 64, tail="drop", seed=3)
-    plan.whole(0, 9)
-    for again in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
-        assert np.array_equal(again.ids(1030), plan.ids(1030))
+    for seed in range(20):
+        plan = Plan(131_072, 64, tail="straddle", seed=seed)
+        for epoch in range(1, 5):
+            plan.whole(2048 * epoch - 30, 2048 * epoch - 29)  # the next is of another epoch
+            for again in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
+                assert np.array_equal(again.ids(2048 * epoch), plan.ids(2048 * epoch))
+
+
+def test_arrays_that_somebody_resizes_are_noticed(tmp_path):
+    x, y = torch.randn(20_000, 16), torch.zeros(20_000, dtype=torch.int64)
+    feed = Feed(Arrays(x, y), Plan(20_000, 64, seed=1), 1, torch.device("cpu"))
+    batches = feed.batches(0, 300)
+    next(batches)
+    feed.source.arrays()[0].resize_(2000, 16)
+    with pytest.raises(DataError, match="has 2,000 samples now, and had 20,000"):
+        list(batches)
+
+
+def test_quantised_arrays_are_gathered(threads):
+    threads(1)
+    x = torch.quantize_per_tensor(torch.randn(4096, 64), 0.1, 0, torch.quint8)
+    plan = Plan(4096, 64, seed=1)
+    for batch in Feed(Arrays(x), plan, 1, torch.device("cpu")).batches(0, 200):
+        right = x.index_select(0, torch.from_numpy(batch.slots.ids))
+        assert torch.equal(batch.data.int_repr(), right.int_repr())
 
 
 @pytest.mark.parametrize("n", [3, 4, 5, 6])

@@ -14,12 +14,11 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
+from surefoot.data.meanwhile import Meanwhile
 from surefoot.keys import M1, M2, U64, Words, key, words
 from surefoot.types import Ids
 
@@ -158,39 +157,21 @@ def sorting(hashes: Words) -> Ids:
     return order.astype(np.int64, copy=False)
 
 
-class _Aside:
-    """Another thread, of this process only, which makes a chunk meanwhile."""
-
-    def __init__(self) -> None:
-        self.process = os.getpid()
-        self._thread = ThreadPoolExecutor(1, "surefoot-order")  # it ends with this object
-        self._begun: tuple[tuple[int, ...], Future[Ids]] | None = None
-
-    def begin(self, make: Callable[[int, int], Ids], *place: *tuple[int, int]) -> None:
-        """Has it made, if there is a thread for it."""
-        with suppress(RuntimeError):  # this process can have no more of them
-            self._begun = place, self._thread.submit(make, *place)
-
-    def made(self, *place: int) -> Ids | None:
-        """The chunk of a place, once it is made, if it is that one, and did not fail."""
-        of, ids = self._begun or ((), None)
-        return None if ids is None or of != place or ids.exception() else ids.result()
-
-
 class Order:
     """Sample ids by (epoch, position), from a small cache of aligned chunks.
 
-    The cache changes speed only: `take` is a pure function of its arguments.
+    The cache changes speed only: `take` is a pure function of its arguments. Threads may ask at once: at
+    worst both make the same.
     """
 
     def __init__(self, n: int, *, seed: int, shuffle: bool) -> None:
         self.n, self.seed, self.shuffle = n, seed, shuffle
         self._permutations: OrderedDict[int, Permutation] = OrderedDict()
         self._chunks: OrderedDict[tuple[int, int], Ids] = OrderedDict()
-        self._aside: _Aside | None = None
+        self._next: Meanwhile[Ids] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_aside": None}
+        return vars(Order(self.n, seed=self.seed, shuffle=self.shuffle))
 
     def take(self, epoch: int, start: int, stop: int, *, ahead: bool = False) -> Ids:
         """Ids at positions ``start..stop`` of an epoch: int64[stop - start]. ahead: the next ones will be
@@ -207,10 +188,9 @@ class Order:
     def _chunk(self, epoch: int, index: int, ahead: bool) -> Ids:
         found = self._chunks.get((epoch, index))
         if found is None:
-            aside = self._aside
-            if aside is None or aside.process != os.getpid():  # this one was forked from that
-                aside = self._aside = _Aside()
-            found = aside.made(epoch, index)
+            following = self._next
+            if following is not None and following.of == (epoch, index):
+                found = following.result()
             if found is None:
                 found = self._made(epoch, index)
             self._chunks[epoch, index] = found
@@ -218,7 +198,7 @@ class Order:
                 self._chunks.popitem(last=False)
             if ahead and self.n >= _WORTH_WHILE and len(os.sched_getaffinity(0)) > 1:
                 is_last = (index + 1) * _CHUNK >= self.n
-                aside.begin(self._made, *((epoch + 1, 0) if is_last else (epoch, index + 1)))
+                self._next = Meanwhile(self._made, *((epoch + 1, 0) if is_last else (epoch, index + 1)))
         return found
 
     def _made(self, epoch: int, index: int) -> Ids:

@@ -32,9 +32,10 @@ class Pool:
         num, index = len(ids), torch.from_numpy(ids)
         into = next((kept for kept in self._kept if kept.is_free()), None)
         if into is None:
-            into = _Memory([t.new_empty((self._most, *t.shape[1:])) for t in self._arrays.tensors])
+            any_row = torch.zeros(self._most, dtype=torch.int64)  # whatever kind of tensor it is
+            into = _Memory([t.index_select(0, any_row) for t in self._arrays.tensors])
             self._kept.append(into)
-        found = into.tensors if num == self._most else [t[:num] for t in into.tensors]
+        found = [t[:num] for t in into.tensors]
         by_numpy = torch.get_num_threads() == 1  # which is faster then
         self._arrays.follow()
         each = zip(self._arrays.tensors, self._arrays.rows, found, into.rows, strict=True)

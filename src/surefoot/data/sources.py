@@ -51,10 +51,10 @@ class Arrays:
                 f"Arrays got arrays of different lengths: {sorted(lengths)}.",
                 why="The first dimension counts samples.",
             )
-        (self._length,) = lengths
+        self._leaves: list[Tensor] = leaves(self._tree)
 
     def __len__(self) -> int:
-        return self._length
+        return min([t.shape[0] for t in self._leaves])  # somebody may have resized one
 
     def fetch(self, ids: Ids) -> Tree:
         """Rows ``ids`` (int64[n]) of each array, in the nest the arrays were given in."""
@@ -69,7 +69,7 @@ class Arrays:
 
     def arrays(self) -> list[Tensor]:
         """The arrays, as leaves of what `fetch` returns."""
-        return leaves(self._tree)
+        return self._leaves
 
     def row_bytes(self) -> list[int]:
         """Of one sample, per array."""
@@ -79,10 +79,10 @@ class Arrays:
         """Shapes, dtypes and a BLAKE2b digest: of all bytes up to 16 MiB, else of 4,096 rows."""
         tensors = cast(list[Tensor], leaves(self._tree))
         num_bytes = sum(t.numel() * t.element_size() for t in tensors)
-        whole = num_bytes <= _WHOLE_BYTES or self._length <= _SAMPLED_ROWS
+        whole = num_bytes <= _WHOLE_BYTES or len(self) <= _SAMPLED_ROWS
         if not whole:
-            drawn = words(key("fingerprint", self._length), np.arange(_SAMPLED_ROWS))
-            rows = torch.from_numpy((drawn % np.uint64(self._length)).astype(np.int64))
+            drawn = words(key("fingerprint", len(self)), np.arange(_SAMPLED_ROWS))
+            rows = torch.from_numpy((drawn % np.uint64(len(self))).astype(np.int64))
         digest = hashlib.blake2b(digest_size=16)
         for tensor in tensors:
             some = tensor if whole else tensor.index_select(0, rows)
@@ -90,7 +90,7 @@ class Arrays:
                 digest.update(some.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return {
             "kind": "Arrays",
-            "length": self._length,
+            "length": len(self),
             "arrays": [f"{t.dtype} {tuple(t.shape)}".removeprefix("torch.") for t in tensors],
             "digest": digest.hexdigest(),
             "digest_of": "all rows" if whole else f"{_SAMPLED_ROWS} rows",

@@ -190,6 +190,26 @@ def test_runs_leave_no_thread_behind(made, fit):
         gc.enable()
 
 
+def test_a_process_ends_that_asks_for_ids_until_its_very_end():
+    code = """
+import builtins
+from surefoot.data.plan import Plan
+
+class Last:
+    plan = Plan(200_000, 64, seed=5)
+
+    def __del__(self):
+        for first in range(0, 3000, 32):
+            self.plan.whole(first, first + 32)
+        print("read")
+
+builtins.last = Last()  # it goes when no thread runs any more
+builtins.last.plan.whole(0, 32)
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "read\n"), done.stderr
+
+
 @pytest.mark.parametrize("moment", ["as it begins", 2e-3, 4e-3, 8e-3])
 def test_a_process_ends_whenever_a_signal_comes(moment):
     """Nothing waits for the other thread then."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from _thread import allocate_lock, start_new_thread
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -37,8 +38,10 @@ class Meanwhile(Generic[T]):
             self._busy.release()
 
     def result(self) -> T | None:
-        """Waits for it. None if it was not made, or by a thread of the process that this is a fork of."""
-        if self._process != os.getpid():
+        """Waits for it. None if it was not made, or if the thread does not go on: this is a fork of its
+        process, or at its end.
+        """
+        if self._process != os.getpid() or sys.is_finalizing():
             return None
         with self._busy:
             return self._made

@@ -224,8 +224,9 @@ def interrupted(*of):
     start(*of)
     os.kill(os.getpid(), signal.SIGINT)
 
+for number in (signal.SIGINT, signal.SIGALRM):  # whatever was inherited
+    signal.signal(number, signal.default_int_handler)
 if isinstance(moment, float):
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, moment)
 else:
     meanwhile.start_new_thread = interrupted

@@ -127,7 +127,8 @@ def test_each_next_chunk_is_made_by_another_thread(made, monkeypatch, tail):
 
 @pytest.mark.parametrize("trouble", ["no thread", "no memory"])
 def test_what_cannot_be_made_ahead_is_made_when_it_is_asked_for(made, monkeypatch, trouble):
-    ahead, make = Order(80_000, seed=1, shuffle=True), Order._made
+    ahead, make, complaints = Order(80_000, seed=1, shuffle=True), Order._made, []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
 
     def fails(self, *place):
         if not in_main_thread():
@@ -145,6 +146,7 @@ def test_what_cannot_be_made_ahead_is_made_when_it_is_asked_for(made, monkeypatc
         expected = order(80_000, seed=1)[start : start + 9]
         assert np.array_equal(ahead.take(0, start, start + 9, ahead=True), expected)
     assert [by_main for by_main, *_ in made] == [True] * 2
+    assert complaints == []  # who asked has its ids
 
 
 def test_a_process_forked_while_another_thread_makes_ids_goes_on_by_itself(made, monkeypatch):

@@ -249,7 +249,8 @@ def test_an_order_can_be_copied_while_another_thread_makes_ids(made):
                 assert np.array_equal(again.ids(2048 * epoch), plan.ids(2048 * epoch))
 
 
-def test_arrays_that_somebody_resizes_are_noticed(tmp_path):
+def test_it_is_noticed_if_a_tensor_of_the_source_is_resized():
+    """Not one of the caller, with which it has memory in common, but no shape."""
     x, y = torch.randn(20_000, 16), torch.zeros(20_000, dtype=torch.int64)
     feed = Feed(Arrays(x, y), Plan(20_000, 64, seed=1), 1, torch.device("cpu"))
     batches = feed.batches(0, 300)

@@ -28,7 +28,7 @@ _SMALL = 1 << 16
 _CHUNK = 1 << 16
 _BLOCK = 1 << 14  # of a chunk that is computed at once, to stay in a cache
 _TABLED = 1 << 14  # values of a half up to which their hashes are looked up
-_WORTH_WHILE = 1 << 13  # ids that take longer to make than to ask another thread for them
+_WORTH_WHILE = 1 << 13  # samples: with fewer there is little to gain by another thread
 
 
 class Permutation:

@@ -28,7 +28,7 @@ class Pool:
         self._kept: deque[_Memory] = deque(maxlen=_BUFFERS)
 
     def gather(self, ids: Ids) -> list[Tensor]:
-        """Rows of each array; only views of these may be given away."""
+        """Rows of each array, in memory that is used again once nobody has any of it."""
         num, index = len(ids), torch.from_numpy(ids)
         into = next((kept for kept in self._kept if kept.is_free()), None)
         if into is None:

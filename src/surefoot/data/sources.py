@@ -7,7 +7,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class Arrays:
         self._leaves: list[Tensor] = leaves(self._tree)
 
     def __len__(self) -> int:
-        return min([t.shape[0] for t in self._leaves])  # somebody may have resized one
+        return min([t.shape[0] for t in self._leaves])  # one of `arrays` may have been resized
 
     def fetch(self, ids: Ids) -> Tree:
         """Rows ``ids`` (int64[n]) of each array, in the nest the arrays were given in."""
@@ -77,7 +77,7 @@ class Arrays:
 
     def fingerprint(self) -> dict[str, Any]:
         """Shapes, dtypes and a BLAKE2b digest: of all bytes up to 16 MiB, else of 4,096 rows."""
-        tensors = cast(list[Tensor], leaves(self._tree))
+        tensors = self.arrays()
         num_bytes = sum(t.numel() * t.element_size() for t in tensors)
         whole = num_bytes <= _WHOLE_BYTES or len(self) <= _SAMPLED_ROWS
         if not whole:

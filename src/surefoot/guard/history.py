@@ -130,7 +130,7 @@ class History:
                 if one.kind == "quarantine":
                     known.append((one.begins, math.inf))
                 elif one.kind == "release" and known:
-                    known[-1] = (known[-1][0], one.begins)
+                    known[-1] = (known[-1][0], min(known[-1][1], one.begins))
         return spans
 
     def back_to(self, step: int, at: int, *, forget: int) -> History:

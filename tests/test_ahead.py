@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_graph import EVENTFUL, calmly, diverging, run
 
 import surefoot as sf
-from surefoot import calm, train
+from surefoot import calm, clock, train
 from surefoot.api import run_steps
 from surefoot.build import build
 from surefoot.data.plan import Plan
@@ -60,7 +60,7 @@ def alike(found):
 
 
 def test_nearly_all_steps_are_settled_together(tmp_path, together, monkeypatch):
-    monkeypatch.setattr(calm, "_AHEAD_S", 60.0)  # however slow the machine is
+    monkeypatch.setattr(clock, "AHEAD_S", 60.0)  # however slow the machine is
     changed = recipe(until=1000)
     ordinary = [o.step for o in run_steps(build(changed, RunFolder(tmp_path / "run"), EAGER))]
     assert sorted(ordinary + together) == list(range(1000))
@@ -140,7 +140,7 @@ class Failing(torch.nn.Sequential):
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_an_error_loses_no_row(tmp_path, together, error, monkeypatch):
-    monkeypatch.setattr(calm, "_AHEAD_S", 60.0)  # however slow the machine is
+    monkeypatch.setattr(clock, "AHEAD_S", 60.0)  # however slow the machine is
 
     class Model(Failing):
         def forward(self, x):

@@ -13,8 +13,8 @@ SOURCE = ROOT / "src/surefoot"
 PARTS = {"data", "optim", "checkpoint", "guard", "record", "parallel", "measure"}
 LEVELS = [
     {"errors"},
-    {"keys", "types", "durable", "compiled", "unchanged"},
-    {"protocols"},
+    {"keys", "types", "durable", "laps", "unchanged"},
+    {"protocols", "compiled", "direct"},
     PARTS,
     {"state"},
     {"train_step"},
@@ -25,6 +25,7 @@ LEVELS = [
     {"trials"},
     {"heal", "choice"},
     {"course"},
+    {"clock"},
     {"calm"},
     {"train"},
     {"recipe", "operations", "identity", "environment", "model"},

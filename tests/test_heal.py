@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from copy import deepcopy
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from surefoot.blame import usual_loss
 from surefoot.build import build
 from surefoot.data.plan import Plan
 from surefoot.export.progress import alarms
+from surefoot.guard import judge
 from surefoot.guard.detect import LOSS_SPIKE, NOT_FINITE
 from surefoot.guard.history import History, Intervention
 from surefoot.guard.judge import Judge
@@ -59,10 +61,16 @@ numbers = st.one_of(
 @given(
     st.lists(st.tuples(numbers, numbers.map(abs)), min_size=1, max_size=100),
     st.sampled_from(["heal", "watch"]),
+    st.sampled_from([0, 1, 32]),
 )
-@example([(1.0, 1.0)] * 37 + [(1.0, 8.0)], "heal")
-def test_a_device_decides_as_a_host_does(rows, mode):
+@example([(1.0, 1.0)] * 37 + [(1.0, 8.0)], "heal", 32)
+def test_a_device_decides_as_a_host_does(rows, mode, young):
     """What runs on a GPU, run on the CPU."""
+    with mock.patch.object(judge, "YOUNG", young):
+        decide_alike(rows, mode)
+
+
+def decide_alike(rows, mode):
     here, there = (Watch(sf.Guard(mode), torch.device("cpu")) for _ in range(2))
     there.judge = Judge(torch.device("cpu"), on_host=False)
     rng = np.random.default_rng(0)
@@ -152,40 +160,53 @@ def test_what_is_certain_to_pass_passes(rows, loss, norm):
 
 
 @given(
-    st.lists(
-        st.tuples(st.floats(0.5, 1.5), st.floats(0.5, 1.5), st.booleans()), min_size=150, max_size=400
-    ),
-    st.randoms(),
+    st.lists(st.tuples(st.floats(0.5, 1.5), st.floats(0.5, 1.5), st.booleans()), min_size=50, max_size=130),
+    st.integers(100, 500),
+    st.sampled_from([0, 2, 4]),
+    st.randoms(use_true_random=True),
 )
-def test_calm_steps_taken_up_together_are_as_if_one_by_one(rows, random):
-    """Some are spikes; of the others some are taken up together, as many as are allowed for."""
-    one_by_one, together = (Watch(sf.Guard(), torch.device("cpu")) for _ in range(2))
+def test_calm_steps_taken_up_together_are_as_if_one_by_one(rows, rises, young, random):
+    """Some are spikes; of the others some are taken up together, as many as are allowed for: also where
+    that was asked before those before them were known.
+    """
+    with mock.patch.object(judge, "YOUNG", young):
+        one_by_one, together = (Watch(sf.Guard(), torch.device("cpu")) for _ in range(2))
+        rows = [
+            (2 * loss if step > rises else loss, 1e6 if spikes and step % 7 == 0 else norm)
+            for step, (loss, norm, spikes) in enumerate(3 * rows)
+        ]
 
-    def step_by_step(guard, step):
-        loss, norm, spikes = rows[step]
-        norm *= 1e6 if spikes and step % 7 == 0 else 1.0
-        permit = guard.permit_on_host(loss, norm, step=step, scaled=False)
-        facts = {"loss": loss, "verdict": int(permit.verdict), "permitted": bool(permit.permitted)}
-        return guard.review(step=step, expected=False, **facts)
+        def step_by_step(guard, step):
+            loss, norm = rows[step]
+            permit = guard.permit_on_host(loss, norm, step=step, scaled=False)
+            facts = {"loss": loss, "verdict": int(permit.verdict), "permitted": bool(permit.permitted)}
+            return guard.review(step=step, expected=False, **facts)
 
-    step = 0
-    while step < len(rows):
-        most, bounds = together.calm_for(step), together.lets_pass(step)
-        calm = []
-        for loss, norm, spikes in rows[step : step + random.randint(0, most)]:
-            if (spikes and (step + len(calm)) % 7 == 0) or loss > bounds[0] or norm > bounds[1]:
-                break
-            calm.append((loss, norm))
-        if calm:
-            alarms = [step_by_step(one_by_one, step + i) for i in range(len(calm))]
-            step += len(calm)
-            assert alarms[:-1] == [None] * (len(calm) - 1)
-            assert together.take_calm(step - 1, *map(list, zip(*calm, strict=True))) == alarms[-1]
-        elif step < len(rows):
-            assert step_by_step(together, step) == step_by_step(one_by_one, step)
-            step += 1
-        assert together.state_dict() == one_by_one.state_dict()
-        assert together.lets_pass(step) == one_by_one.lets_pass(step)
+        step, begun, ends = 0, [], False
+        while step < len(rows):
+            ahead = sum(len(lap) for lap, _ in begun)
+            most, bounds = together.calm_after(ahead, step)
+            if most and not ends and random.random() < 0.7:
+                lap = []
+                for loss, norm in rows[step + ahead : step + ahead + random.randint(1, most)]:
+                    if loss > bounds[0] or norm > bounds[1]:
+                        ends = True
+                        break
+                    lap.append((loss, norm))
+                begun += [(lap, bounds)] if lap else []
+            elif begun:
+                lap, bounds = begun.pop(0)
+                assert bounds == one_by_one.lets_pass(step)
+                alarms = [step_by_step(one_by_one, step + i) for i in range(len(lap))]
+                step += len(lap)
+                assert alarms[:-1] == [None] * (len(lap) - 1)
+                assert together.take_calm(step - 1, *map(list, zip(*lap, strict=True))) == alarms[-1]
+                assert not (alarms[-1] and begun)
+            else:
+                assert step_by_step(together, step) == step_by_step(one_by_one, step)
+                step, ends = step + 1, False
+            assert together.state_dict() == one_by_one.state_dict()
+            assert together.lets_pass(step) == one_by_one.lets_pass(step)
 
 
 ids = st.lists(st.integers(0, 20), min_size=1, max_size=4).map(tuple)
@@ -208,6 +229,11 @@ interventions = st.one_of(
 )
 
 
+@example(
+    [Intervention("quarantine", 0, 50, ids=(1,)), Intervention("release", 0, 50, ids=(1,))],
+    Intervention("release", 1, 50, ids=(1,)),
+    0,
+)
 @given(st.lists(interventions, max_size=8), interventions, st.integers(0, 60))
 def test_what_is_decided_later_changes_no_step_before_it_holds(earlier, more, step):
     history = History(tuple(earlier))

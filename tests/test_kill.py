@@ -116,7 +116,7 @@ def kill_until_done(
         assert time.monotonic() < deadline
 
 
-def kill_in_time(process, path: Path, rng: random.Random, reach: int) -> None:
+def kill_in_time(process, path: Path, rng: random.Random, reach: int, number: int = signal.SIGKILL) -> None:
     """Kills a training process some steps from where it starts, or anywhere."""
     begun, first = time.monotonic(), newest_step(path)
     if rng.random() < 0.15:  # importing and restoring included
@@ -127,7 +127,7 @@ def kill_in_time(process, path: Path, rng: random.Random, reach: int) -> None:
             time.sleep(0.002)
             assert time.monotonic() < begun + 60
         time.sleep(rng.uniform(0.0, 0.03))
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(number)
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,15 @@ caches. Rows, ledger and guard come out as if each step had been settled by itse
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
+from surefoot.clock import Batches, Clock
 from surefoot.course import (
     Course,
-    Label,
     Taken,
     heeded,
     look_at_layers,
@@ -22,28 +24,28 @@ from surefoot.course import (
     update,
     without_quarantined,
 )
-from surefoot.graph import Graph, Take
-from surefoot.guard.detect import BLOCK, FINE
+from surefoot.direct import Direct
+from surefoot.graph import Graph
+from surefoot.guard.detect import BLOCK, FINE, LAG
 from surefoot.guard.review import Alarm
 from surefoot.heal import EVERY
-from surefoot.measure.profile import phase
+from surefoot.laps import ALL_TAKEN, NOT_APPLIED, Done
 from surefoot.measure.readings import floats
-from surefoot.stopping import NoLongerWaiting, StopRequest
 from surefoot.train_step import Attempt
-from surefoot.types import Minibatch, Slots
+from surefoot.types import Minibatch
 
-_AHEAD_S = 0.05
-"""How long steps may follow one another, their rows waiting, before an ordinary one."""
+LAP = 16
+"""Most steps of a lap, where the next may be begun meanwhile."""
 
 
 class Ahead(NamedTuple):
-    """What `steps_ahead` did. num: steps that it took and settled. batch: of the next step, if it was
-    fetched already. attempted: the next step, if that was taken already, but not settled: what `update`
-    returned. alarm: of the guard.
+    """What `steps_ahead` did. num: steps that it took and settled. unusual: the next, which a graph did not
+    take, has to be an ordinary one. attempted: the next, if it was taken eagerly, but not settled: what
+    `update` returned. alarm: of the guard.
     """
 
     num: int = 0
-    batch: Minibatch | None = None
+    unusual: bool = False
     attempted: tuple[Minibatch, float, Attempt] | None = None
     alarm: Alarm | None = None
 
@@ -51,66 +53,18 @@ class Ahead(NamedTuple):
 NOTHING = Ahead()
 
 
-@dataclass(slots=True)
-class Clock:
-    """Seconds of an attempt, of a step and between rows. begun: when the attempt did. boundary: when the
-    step did. waited_s: for its batch. ahead_until: until when others may follow the last ordinary step.
-    """
-
-    begun: float = field(default_factory=time.perf_counter)
-    boundary: float = field(default_factory=time.perf_counter)
-    row_before: float = field(default_factory=time.perf_counter)
-    waited_s: float = 0.0
-    ahead_until: float = 0.0
-
-    def label(self, course: Course, slots: Slots, multiplier: float, num_micro: int) -> Label:
-        """What is known of the row of a step that has just ended; the next begins."""
-        now = time.perf_counter()
-        step_s, wall_s = now - self.boundary, now - self.row_before
-        course.state.elapsed_s += step_s
-        self.boundary = self.row_before = now
-        lr = course.parts.base_lr[0] * multiplier
-        return Label(slots, course.state.samples, lr, num_micro, self.waited_s, step_s, wall_s)
-
-    def ordinary_step_ended(self, step_s: float) -> None:
-        """Others may follow, unless steps take so long that their rows are waited for."""
-        self.ahead_until = self.boundary + (_AHEAD_S if step_s < _AHEAD_S else 0.0)
-
-
-def next_batch(batches: Iterator[Minibatch], stop: StopRequest, clock: Clock) -> Minibatch:
-    """The next batch.
-
-    Raises:
-        NoLongerWaiting: a stop was asked for meanwhile.
-    """
-    asked = time.perf_counter()
-    try:
-        stop.waiting = True
-        if stop.reason:  # of a signal that came after the last look, and before it could end the wait
-            raise NoLongerWaiting
-        with phase("data"):
-            return next(batches)
-    except RuntimeError:
-        if stop():  # a worker that the same signal ended
-            raise NoLongerWaiting from None
-        raise
-    finally:
-        stop.waiting = False
-        clock.waited_s = time.perf_counter() - asked
-
-
-def steps_ahead(course: Course, batches: Iterator[Minibatch], clock: Clock, *, most: int) -> Ahead:
+def steps_ahead(course: Course, batches: Batches, clock: Clock, *, most: int) -> Ahead:
     """Takes that many steps at most, after none of which anything is due, and settles them together."""
     graph = course.graph if course.state.eager_from is None else None
     if not isinstance(graph, Graph) or not graph.is_whole:
         return _one_by_one(course, batches, clock, most)
-    num, take = graph.direct(course.state.step)
-    if take is None:  # until an ordinary step has gone through torch
+    num, direct = graph.direct(course.state.step)
+    if direct is None:  # until an ordinary step has gone through torch
         return NOTHING
-    return _calm_steps(course, batches, clock, take, min(most, num))
+    return _Stretch(course, batches, clock, direct, min(most, num)).take()
 
 
-def _one_by_one(course: Course, batches: Iterator[Minibatch], clock: Clock, most: int) -> Ahead:
+def _one_by_one(course: Course, batches: Batches, clock: Clock, most: int) -> Ahead:
     """Takes steps, up to the first that is not simply fine. Only the last of a block can raise an alarm."""
     state, guard, now, begun = course.state, course.parts.guard, time.perf_counter, clock.boundary
     num, alarm = min(most, EVERY - 1 - state.step % EVERY, guard.fine_for(state.step), BLOCK), None
@@ -127,7 +81,7 @@ def _one_by_one(course: Course, batches: Iterator[Minibatch], clock: Clock, most
                 return Ahead(len(taken), attempted=attempted)
             clock.boundary = ended = now()
             known = batch.slots, state.samples, multiplier, attempt.num_micro, clock.waited_s
-            taken.append(Taken(*known, floats(attempt.numbers()), attempt.norms, ended))
+            taken.append(Taken(*known, floats(attempt.numbers()), ended))
     finally:
         if taken:
             alarm = guard.review_calm(taken[-1].slots.step, [one.numbers[0] for one in taken])
@@ -136,64 +90,131 @@ def _one_by_one(course: Course, batches: Iterator[Minibatch], clock: Clock, most
     return Ahead(len(taken), alarm=heeded(course, alarm))
 
 
-def _calm_steps(course: Course, batches: Iterator[Minibatch], clock: Clock, take: Take, most: int) -> Ahead:
-    """Takes compiled steps that are certain to be calm, up to an unusual batch.
-
-    The guard takes them up block by block, since what is certain follows from the block before. Only the
-    last step of a block can raise an alarm, so an error within one loses none. They end where layers are to
-    be looked at. The weights need no look: no graph applies an update after which they are not finite.
+class _Lap(NamedTuple):
+    """A lap that was begun. waited_s: for its batches, and for all else that it needs. wait: until it has
+    ended.
     """
-    graph, state, guard = course.graph, course.state, course.parts.guard
-    assert isinstance(graph, Graph)
-    taken: list[Taken] = []
-    batch, alarm, begun = None, None, clock.boundary
-    most = min(most, EVERY - state.step % EVERY)
-    try:
-        while batch is None and alarm is None and clock.boundary < clock.ahead_until:
-            num = min(most - len(taken), guard.calm_for(state.step), BLOCK)
-            if num < 1:
+
+    batches: Sequence[Minibatch]
+    multipliers: Sequence[float]
+    waited_s: float
+    wait: Callable[[], Done]
+
+
+class _Stretch:
+    """Compiled steps that are certain to be calm, taken in laps, up to an unusual one.
+
+    While laps are under way the rows of those before are written, and the next is begun. The guard takes
+    them up lap by lap: only the last step of one can raise an alarm, and none is begun after one that may.
+    The weights need no look: no graph applies an update after which they are not finite.
+
+    Args:
+        most: steps.
+    """
+
+    def __init__(self, course: Course, batches: Batches, clock: Clock, direct: Direct, most: int) -> None:
+        self._course, self._batches, self._clock, self._direct = course, batches, clock, direct
+        self._left, self._num = most, 0  # to be begun; taken
+        self._under_way: deque[_Lap] = deque()
+        self._taken: list[Taken] = []  # to be settled
+        self._settled_until = clock.boundary
+        self._multiplier = 1.0
+        self._ends = self._unusual = False
+        self._alarm: Alarm | None = None
+
+    def take(self) -> Ahead:
+        """Takes and settles them."""
+        try:
+            while self._begin_laps():
+                self._settle()  # while they are under way
+                self._end_lap()
+        except Exception:  # what is under way counts
+            while self._under_way:
+                self._end_lap()
+            raise
+        finally:
+            for lap in self._under_way:  # after an interruption: it may have come amid counting
+                lap.wait()
+            self._settle()
+            if self._num:
+                self._course.parts.updater.set_rates(self._multiplier, self._course.parts.base_lr)
+        return Ahead(self._num, self._unusual, alarm=self._alarm)
+
+    def _begin_laps(self) -> bool:
+        """Begins as many as may be under way; whether there are any."""
+        most_before = LAG if self._direct.goes_on_meanwhile else 0
+        while (
+            not self._ends and (before := sum(len(lap.batches) for lap in self._under_way)) <= most_before
+        ):
+            if not self._begin_lap(before):
                 break
-            block: list[Taken] = []
-            try:
-                batch = _take(course, batches, clock, take, num, block)
-            finally:
-                if block:
-                    taken += block
-                    losses, norms = ([one.numbers[i] for one in block] for i in range(2))
-                    alarm = guard.take_calm(state.step - 1, losses, norms)
-    finally:
+        return len(self._under_way) > 0
+
+    def _begin_lap(self, before: int) -> bool:
+        """Begins one after the steps that are under way; whether it could."""
+        course, asked = self._course, time.perf_counter()
+        state, guard = course.state, course.parts.guard
+        if asked >= self._clock.ahead_until or course.stop.reason:
+            return False
+        calm, bounds = guard.calm_after(before, state.step)
+        until_layers = EVERY - (state.step + before) % EVERY
+        num = min(self._left, calm, until_layers, LAP if self._direct.goes_on_meanwhile else BLOCK)
+        if num < 1:
+            return False
+        rates = multipliers(course, num, after=before)
+        batches = given = self._batches.ahead(len(rates))
+        waited_s = time.perf_counter() - asked
+        if guard.history.has_holes:
+            given = [without_quarantined(course, batch) for batch in batches]
+        begun, wait = self._direct.begin(given, rates, bounds, self._clock.ahead_until)
+        self._batches.give_back(batches[begun:])
+        self._left -= begun
+        self._ends, self._unusual = begun < num, begun < len(batches)
+        if begun:
+            self._under_way.append(_Lap(batches[:begun], rates, waited_s, wait))
+        return begun > 0
+
+    def _end_lap(self) -> None:
+        """Waits for the first that is under way; the guard takes its steps up."""
+        done = self._under_way[0].wait()
+        lap, num = self._under_way.popleft(), len(done.rows)
+        if num:
+            self._take_up(lap, done.rows, max(0.0, min(lap.waited_s, done.begun - self._clock.boundary)))
+            if self._alarm is None and self._course.parts.guard.on and self._course.state.step % EVERY == 0:
+                self._look_at_layers(done.last)
+        if done.ending != ALL_TAKEN:
+            self._ends, self._unusual = True, done.ending == NOT_APPLIED
+            later = [batch for one in self._under_way for batch in one.batches]
+            while self._under_way:  # none of whose steps were taken
+                self._under_way[0].wait()
+                self._under_way.popleft()
+            self._batches.give_back([*lap.batches[num:], *later])
+        if done.error is not None:
+            raise done.error
+
+    def _look_at_layers(self, norms: Tensor | None) -> None:
+        assert isinstance(self._course.graph, Graph)
+        assert norms is not None
+        look_at_layers(self._course, self._course.graph.layers, norms)
+
+    def _take_up(self, lap: _Lap, rows: Sequence[Sequence[float]], waited_s: float) -> None:
+        """Counts steps, and has the guard take them up. waited_s: by the first of them, for its batch."""
+        course, state = self._course, self._course.state
+        for batch, multiplier, (*numbers, ended) in zip(lap.batches, lap.multipliers, rows, strict=False):
+            state.samples += batch.slots.num_samples
+            self._taken.append(Taken(batch.slots, state.samples, multiplier, 1, waited_s, numbers, ended))
+            waited_s = 0.0
+        state.step, self._num = state.step + len(rows), self._num + len(rows)
+        self._multiplier, self._clock.boundary = self._taken[-1].multiplier, self._taken[-1].ended
+        losses, norms = ([row[i] for row in rows] for i in range(2))
+        alarm = course.parts.guard.take_calm(state.step - 1, losses, norms)
+        self._ends |= alarm is not None
+        self._alarm = heeded(course, alarm)
+
+    def _settle(self) -> None:
+        """Writes the rows of steps that the guard has taken up."""
+        taken, self._taken = self._taken, []
         if taken:
-            course.parts.updater.set_rates(taken[-1].multiplier, course.parts.base_lr)
-            settle_calm(course, taken, begun=begun, row_before=clock.row_before)
-            clock.row_before = clock.boundary
-    alarm = heeded(course, alarm)
-    if taken and alarm is None and guard.on and state.step % EVERY == 0:
-        look_at_layers(course, graph.layers, taken[-1].norms)
-        clock.boundary = time.perf_counter()
-    return Ahead(len(taken), batch, alarm=alarm)
-
-
-def _take(
-    course: Course, batches: Iterator[Minibatch], clock: Clock, take: Take, num: int, taken: list[Taken]
-) -> Minibatch | None:
-    """Takes `num` steps and adds them to `taken`, or fewer if time is up; or up to an unusual batch, which
-    it returns. What can be done for all of them at once is not done here: between two steps' kernels
-    nothing of it is in a cache.
-    """
-    state, now, until = course.state, time.perf_counter, clock.ahead_until
-    bounds, has_holes = course.parts.guard.lets_pass(state.step), course.parts.guard.history.has_holes
-    for multiplier in multipliers(course, num):
-        if clock.boundary >= until:
-            break
-        asked = now()
-        batch = next(batches)
-        waited_s = now() - asked
-        done = take(without_quarantined(course, batch) if has_holes else batch, multiplier, bounds)
-        if done is None:
-            clock.waited_s = waited_s
-            return batch
-        state.step += 1
-        state.samples += batch.slots.num_samples
-        clock.boundary = ended = now()
-        taken.append(Taken(batch.slots, state.samples, multiplier, 1, waited_s, *done, ended))
-    return None
+            clock = self._clock
+            settle_calm(self._course, taken, begun=self._settled_until, row_before=clock.row_before)
+            clock.row_before = self._settled_until = taken[-1].ended

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakSet, finalize, ref
 
 import torch
 from torch import Tensor
+
+from surefoot.laps import Laps, with_laps
 
 _made: WeakSet[Compiled] = WeakSet()
 
@@ -43,6 +45,8 @@ class Compiled:
         self._fixed: list[Any] | None = None
         self._arguments: list[Any] = []
         self._moves: list[tuple[int, int]] = []
+        self._laps: Laps | None = None
+        self._laps_of: list[Any] | None = None
         self._num_traced = 0
         _made.add(self)
         function, owner = method.__func__, method.__self__  # type: ignore[attr-defined]
@@ -103,6 +107,17 @@ class Compiled:
             taken[i] = moving[place]
         return self._kernels(taken)
 
+    def laps(self, written: tuple[Tensor, Tensor]) -> Laps | None:
+        """What takes calls like the last one in a row; None if the calls of kernels are not compiled. See
+        there for `written`.
+        """
+        if self._laps_of is not self._fixed:
+            assert self._kernels is not None
+            self._laps, self._laps_of = None, self._fixed
+            with suppress(LookupError):
+                self._laps = Laps(self._kernels, self._arguments, self._moves, written)
+        return self._laps
+
     def _learn(self, fixed: list[Any], moving: Sequence[Any]) -> None:
         """Which of the arguments the kernels take where."""
         (taken,), self._taken[:] = self._taken, [[]]
@@ -120,7 +135,8 @@ class Compiled:
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
         def compile_kernels(*of: Any, **options: Any) -> Any:
-            code: Any = compile_fx_inner(*of, **options)
+            with with_laps():
+                code: Any = compile_fx_inner(*of, **options)
             kernels, found = code.current_callable, self._taken
 
             def first(taken: list[Any]) -> Any:

@@ -98,8 +98,8 @@ class Label(NamedTuple):
 
 class Taken(NamedTuple):
     """A step that was found fine, to be settled. samples: consumed by then. multiplier: of the base rates.
-    numbers: of an `Attempt`; of a step that a graph took as a calm one the first four. norms: of the
-    gradients, 1-d. ended: by `time.perf_counter`.
+    numbers: of an `Attempt`; of a step that a graph took as a calm one the first four. ended: by
+    `time.perf_counter`.
     """
 
     slots: Slots
@@ -107,8 +107,7 @@ class Taken(NamedTuple):
     multiplier: float
     num_micro: int
     data_wait_s: float
-    numbers: list[float]
-    norms: Tensor
+    numbers: Sequence[float]
     ended: float
 
 
@@ -201,22 +200,23 @@ def _without_unlike(course: Course, batch: Minibatch) -> Minibatch:
 
 
 def without_quarantined(course: Course, batch: Minibatch) -> Minibatch:
-    """The batch of the next step without what is in quarantine then."""
-    holes = course.parts.guard.history.holes(course.state.step, batch.slots.ids)
+    """The batch without what is in quarantine in its step."""
+    holes = course.parts.guard.history.holes(batch.slots.step, batch.slots.ids)
     return batch if holes is None else leave_out(batch, holes)
 
 
-def multipliers(course: Course, num: int) -> list[float]:
-    """What the base rates are multiplied by in the next steps: up to one for which the schedule fails,
-    unless that is the first.
+def multipliers(course: Course, num: int, *, after: int = 0) -> list[float]:
+    """What the base rates are multiplied by in the next steps, after that many more: up to one for which
+    the schedule fails, unless that is the next.
     """
     schedule, state, history = course.schedule, course.state, course.parts.guard.history
     found: list[float] = []
-    for step in range(state.step, state.step + num):
+    begins = state.step + after
+    for step in range(begins, begins + num):
         try:
             found.append(history.multiplier(step, schedule(step, cuts=state.lr_cuts)))
         except Exception:  # of a caller's piece: the steps before it come first
-            if not found:
+            if step == state.step:
                 raise
             break
     return found
@@ -290,7 +290,7 @@ def settle_calm(course: Course, taken: Sequence[Taken], *, begun: float, row_bef
     """
     offset, base_lr = time.time() - time.perf_counter(), course.parts.base_lr[0]
     course.state.elapsed_s += taken[-1].ended - begun
-    for slots, samples, multiplier, num_micro, waited_s, numbers, _, ended in taken:
+    for slots, samples, multiplier, num_micro, waited_s, numbers, ended in taken:
         times = waited_s, ended - begun, ended - row_before
         label = Label(slots, samples, base_lr * multiplier, num_micro, *times)
         _note(course, label, (*numbers, *_REST[len(numbers) - 4 :]), offset + ended)

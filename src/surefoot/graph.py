@@ -9,13 +9,14 @@ step and the state alone, so a run that is continued or replayed chooses alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from surefoot.compiled import ChangedError, Compiled
+from surefoot.direct import Bounds, Direct
 from surefoot.guard.layers import layers_of
 from surefoot.keys import seed_of
 from surefoot.optim.functional import FunctionalUpdate, Slots
@@ -25,11 +26,9 @@ from surefoot.train_step import Attempt, Parts, known_weight, pieces_of
 from surefoot.types import Minibatch, Tree, leaves
 from surefoot.unchanged import Unchanged
 
-_YES = torch.tensor(True)
+_YES, _NUM_BOUNDS = torch.tensor(True), 4
 CHECK_EVERY = 800
 """Steps that end at a multiple of it check all that the trace depended on."""
-
-Take = Callable[[Minibatch, float, tuple[float, float, float]], "tuple[list[float], Tensor] | None"]
 
 
 class Graph:
@@ -71,11 +70,12 @@ class Graph:
         self._fixed: list[Tensor] = []
         self._fixed_of: Slots | None = None
         self._draws: bool | None = None
-        self._bounds = torch.empty(4, dtype=torch.float64)
+        self._bounds = torch.empty(_NUM_BOUNDS, dtype=torch.float64)
         self._most_lr = max(map(abs, parts.base_lr))
         self._rates = torch.empty(len(parts.base_lr), dtype=torch.float64)
         self._write_bounds, self._write_rates = self._bounds.numpy(), self._rates.numpy()
-        self._written: tuple[float, ...] = ()
+        self._direct: Direct | None = None
+        self._direct_of: list[Tensor] | None = None
 
     def __call__(self, batch: Minibatch, multiplier: float, *, check: bool = False) -> Attempt | None:
         """Attempts one update; None if it is one for `train_step`: nothing was changed then.
@@ -96,7 +96,7 @@ class Graph:
             self.suspects |= check  # it is due as before
             return None
         self.suspects = False
-        self._write(*parts.guard.lets_pass(step), multiplier)
+        self._write(self._setting(parts.guard.lets_pass(step), multiplier))
         (row, norms), num_micro = self._run(batch, data, slots, total, check)
         loss, grad_norm, _, applied = row.tolist()
         if not applied:
@@ -115,11 +115,9 @@ class Graph:
             self.trained, norms,
         )  # fmt: skip
 
-    def direct(self, step: int) -> tuple[int, Take | None]:
-        """How many steps from `step` on need no look at anything but what comes out; and what takes one of
-        them at a multiplier, within the guard's bounds (`Watch.lets_pass`): its numbers and the gradient's
-        norms per parameter, or None, with nothing changed, if it is unusual. Their batches are of the
-        arrays that the first was of. Drops the gradients of an eager step.
+    def direct(self, step: int) -> tuple[int, Direct | None]:
+        """How many steps from `step` on need no look at anything but what comes out; and what takes them.
+        Their batches are of the arrays that the first was of. Drops the gradients of an eager step.
         """
         parts, whole = self._parts, self._whole
         if (
@@ -130,23 +128,25 @@ class Graph:
             return 0, None
         self._drop_grads()
         buffers, num_rows, weight = parts.buffers.live(self._buffers), self._num_rows, self._weight
-        draws = parts.draws if self._draws else None
+        left = CHECK_EVERY - 1 - step % CHECK_EVERY
+        if self._direct is not None and self._direct_of is self._fixed:
+            return left, self._direct
 
-        def take(
-            batch: Minibatch, multiplier: float, bounds: tuple[float, float, float]
-        ) -> tuple[list[float], Tensor] | None:
+        def tensors_of(batch: Minibatch) -> list[Any] | None:
             total = known_weight(parts, batch)
             if batch.weights is not None or batch.num_rows != num_rows or _kind(total) != weight:
                 return None
-            self._write(*bounds, multiplier)
-            if draws is not None:
-                torch.default_generator.manual_seed(seed_of(draws, batch.slots.step, 0))
-            moving = [*leaves(batch.data), *buffers, total, None]
-            row, norms = whole.again(moving)
-            numbers: list[float] = row.tolist()
-            return (numbers, norms) if numbers[3] else None
+            return [*leaves(batch.data), *buffers, total, None]
 
-        return CHECK_EVERY - 1 - step % CHECK_EVERY, take
+        def seed(step: int) -> None:
+            torch.default_generator.manual_seed(seed_of(parts.draws, step, 0))
+
+        laps = whole.laps((self._bounds, self._rates)) if not self._draws else None
+        self._direct = Direct(
+            whole.again, laps, tensors_of=tensors_of, setting_of=self._setting, write=self._write,
+            seed=seed if self._draws else None,
+        )  # fmt: skip
+        return left, self._direct
 
     def _drop_grads(self) -> None:
         """Those of an eager step before."""
@@ -160,15 +160,14 @@ class Graph:
         same = batch.weights is None and _kind(total) == self._weight
         return same and form(batch.data, data) == self._form
 
-    def _write(self, loss: float, norm: float, growth: float, multiplier: float) -> None:
-        """The rates of a step, and what it is applied up to."""
-        rates = self._write_rates
-        for i, lr in enumerate(self._parts.base_lr):  # one by one: a slice takes longer for a few
-            rates[i] = lr * multiplier
+    def _setting(self, bounds: Bounds, multiplier: float) -> list[float]:
+        """What a step is applied up to, and its rates."""
+        loss, norm, growth = bounds
         far = FAR_FROM_OVERFLOW / max(1.0, self._most_lr * abs(multiplier))
-        bounds = loss, min(norm, far), far, growth
-        if bounds != self._written:
-            self._write_bounds[:] = self._written = bounds
+        return [loss, min(norm, far), far, growth, *(lr * multiplier for lr in self._parts.base_lr)]
+
+    def _write(self, setting: list[float]) -> None:
+        self._write_bounds[:], self._write_rates[:] = setting[:_NUM_BOUNDS], setting[_NUM_BOUNDS:]
 
     def _run(
         self, batch: Minibatch, data: list[Tensor], slots: Slots, total: Any, check: bool

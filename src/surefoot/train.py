@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from surefoot.calm import NOTHING, Clock, next_batch, steps_ahead
+from surefoot.calm import NOTHING, steps_ahead
 from surefoot.checkpoint.tensors import safetensors_chunks
+from surefoot.clock import Batches, Clock, next_batch
 from surefoot.course import (
     Course,
     callers_generators,
@@ -41,7 +42,7 @@ from surefoot.keep import Keeper
 from surefoot.measure.profile import Profile, phase
 from surefoot.record.recorder import Recorder
 from surefoot.stopping import Budget, NoLongerWaiting, signals_ask
-from surefoot.types import Minibatch, Outcome, leaves
+from surefoot.types import Outcome, leaves
 
 _LEAVE_S = 10.0
 """How long a process that has lost the run waits for its writer to notice."""
@@ -129,12 +130,12 @@ def _attempt(run: Run) -> Generator[Outcome, None, str]:
         if validation_due(run) and run_validation(run) is None:
             return "preempted"
         with closing(run.feed.batches(run.state.step, run.total)) as batches:  # else workers outlive errors
-            status = yield from _updates(run, batches, clock)
+            status = yield from _updates(run, Batches(batches), clock)
         if status:
             return status
 
 
-def _updates(run: Run, batches: Iterator[Minibatch], clock: Clock) -> Generator[Outcome, None, str]:
+def _updates(run: Run, batches: Batches, clock: Clock) -> Generator[Outcome, None, str]:
     """Updates until the run ends, or, with an empty status, until the guard's alarm."""
     state, parts, record = run.state, run.parts, run.record
     next_validation = run.validate.after(state.step) if run.validate else run.total + 1
@@ -156,10 +157,10 @@ def _updates(run: Run, batches: Iterator[Minibatch], clock: Clock) -> Generator[
         if ahead.alarm is not None:
             parts.guard.pending = ahead.alarm
             return ""
-        if ahead.num and ahead.batch is None and ahead.attempted is None:
+        if ahead.num and not ahead.unusual and ahead.attempted is None:
             continue
         try:
-            attempted = ahead.attempted or update(run, ahead.batch or next_batch(batches, run.stop, clock))
+            attempted = ahead.attempted or update(run, next_batch(batches, run.stop, clock))
         except NoLongerWaiting:
             return "preempted"
         batch, multiplier, attempt = attempted

@@ -3,7 +3,8 @@
 Written once, for a host and for a device that must not be waited for: `xp` is the arithmetic of either, see
 `surefoot.guard.arithmetic`. All of it is in float64.
 
-Statistics are running means and variances, taken up in blocks of `BLOCK` steps. They are winsorised: an
+Statistics are running means and variances, taken up in blocks of `BLOCK` steps; after the first `YOUNG`
+blocks `LAG` steps late, so that what follows can be worked out while steps go on. They are winsorised: an
 outlier counts as six standard deviations, so one spike hardly moves them, and a lasting change is taken up
 within some hundred steps. They begin with the median and the median absolute deviation of the first
 `BURN_IN` steps. Of the norm of the gradient it is the logarithm that is watched: false alarms of a test on
@@ -17,7 +18,7 @@ import sys
 from typing import Any, NamedTuple
 
 BURN_IN = 64
-BLOCK = 32
+BLOCK, LAG, YOUNG = 32, 16, 32
 EARLIEST = 1
 """Steps after which a crude judgement is possible."""
 FINE, NOT_FINITE, GRADIENT_SPIKE, LOSS_SPIKE, SAT_OUT, STATISTICS_SPIKE = range(6)
@@ -163,7 +164,9 @@ def calm_below(allowed: Limits) -> tuple[float, float]:
 
 
 def take_up(xp: Any, seen: Statistics, allowed: Limits, losses: Any, norms: Any) -> Statistics:
-    """The statistics with more steps, which had these limits; those count whose numbers are finite."""
+    """The statistics with a block more of steps, by the limits until now; those count whose numbers are
+    finite.
+    """
     finite, loss_outlier = xp.finite(losses, norms), _WINSOR * allowed.loss_deviation
     logs = xp.logs(norms, _TINY)
     log_sum, log_squares = xp.winsorised(logs, finite, seen.log_mean, _WINSOR * allowed.norm_deviation)

@@ -13,6 +13,8 @@ from surefoot.guard.detect import (
     BLOCK,
     BURN_IN,
     EARLIEST,
+    LAG,
+    YOUNG,
     Decision,
     Limits,
     Statistics,
@@ -30,7 +32,7 @@ class Judge:
     """Decides on steps, in order. On a CPU losses and norms are floats, on a device 0-d float64 tensors.
 
     seen: statistics of the steps before; None within the burn-in. allowed: what follows from them.
-    was_high: of the last decision.
+    was_high: of the last decision. num_blocks: that were taken up.
 
     Args:
         on_host: whether they are floats; by the device, if left out.
@@ -40,11 +42,13 @@ class Judge:
         self.seen: Statistics | None = None
         self.allowed: Limits | None = None
         self.was_high: Any = False
+        self.num_blocks = 0
         self.on_host = device.type == "cpu" if on_host is None else on_host
         self._xp: Any = Numbers() if self.on_host else Tensors(device)
         self._losses: list[Any] = []  # that are not taken up yet
         self._norms: list[Any] = []
         self._calm_loss = self._calm_norm = -math.inf
+        self._upcoming: tuple[Statistics, Limits] | None = None
 
     def take(self, loss: Any, norm: Any) -> Decision:
         """The decision on a step, which is taken up."""
@@ -61,28 +65,54 @@ class Judge:
         losses = self._losses
         losses.append(loss)
         self._norms.append(norm)
-        if len(losses) >= (BURN_IN if self.seen is None else BLOCK):
+        if len(losses) >= self._due():
             self._take_up()
+
+    def _due(self) -> int:
+        """How many losses there have to be when a block of them is taken up."""
+        if self.seen is None:
+            return BURN_IN
+        return BLOCK if self.num_blocks < YOUNG else BLOCK + LAG
 
     def _take_up(self) -> None:
         if self.seen is None:
-            self.seen = self._begun()
+            self.seen, num = self._begun(), BURN_IN
+            self.allowed = limits(self._xp, self.seen)
         else:
-            assert self.allowed is not None
-            self.seen = take_up(self._xp, self.seen, self.allowed, *self._waiting())
-        self._losses, self._norms = [], []
+            (self.seen, self.allowed), num = self._next(), BLOCK
+            self.num_blocks += 1
+        self._losses, self._norms, self._upcoming = self._losses[num:], self._norms[num:], None
         self._set_bounds()
 
-    def calm_for(self) -> int:
-        """How many steps that are `CALM` have the same bounds; on a host."""
-        return 0 if self.seen is None else BLOCK - len(self._losses)
+    def _next(self) -> tuple[Statistics, Limits]:
+        """The statistics with the block that is full, and what follows."""
+        if self._upcoming is None:
+            assert self.seen is not None
+            assert self.allowed is not None
+            block = (self._xp.together(values[:BLOCK]) for values in (self._losses, self._norms))
+            seen = take_up(self._xp, self.seen, self.allowed, *block)
+            self._upcoming = seen, limits(self._xp, seen)
+        return self._upcoming
+
+    def calm_after(self, num: int) -> tuple[int, float, float]:
+        """How many steps, after that many more which are `CALM`, have bounds that are known by now; and
+        these: loss and norm up to which a step is certain to be; on a host.
+        """
+        if self.seen is None:
+            return 0, -math.inf, -math.inf
+        left = self._due() - len(self._losses) - num
+        if left > 0:
+            return left, self._calm_loss, self._calm_norm
+        if len(self._losses) < BLOCK:
+            return 0, -math.inf, -math.inf
+        return BLOCK + left, *calm_below(self._next()[1])
 
     def take_calm(self, losses: Sequence[float], norms: Sequence[float]) -> None:
         """Takes up that many steps at most, all of them `CALM`."""
         self._losses += losses
         self._norms += norms
         self.was_high = CALM.high
-        if len(self._losses) >= BLOCK:
+        if len(self._losses) >= self._due():
             self._take_up()
 
     def decide(self, loss: Any, norm: Any) -> Decision:
@@ -104,19 +134,14 @@ class Judge:
         """A number as the decisions take it."""
         return self._xp.number(number)
 
-    def _waiting(self) -> tuple[Any, Any]:
-        """Losses and norms that are not taken up yet."""
-        return self._xp.together(self._losses), self._xp.together(self._norms)
-
     def _begun(self) -> Statistics:
-        return begin(self._xp, *self._waiting())
+        return begin(self._xp, self._xp.together(self._losses), self._xp.together(self._norms))
 
     def _early(self) -> Limits:
         return limits(self._xp, self._begun(), early=True)
 
     def _set_bounds(self) -> None:
         self._calm_loss = self._calm_norm = -math.inf
-        self.allowed = None if self.seen is None else limits(self._xp, self.seen)
         if self.allowed is not None and self.on_host:
             self._calm_loss, self._calm_norm = calm_below(self.allowed)
 
@@ -129,6 +154,7 @@ class Judge:
             "seen": None if seen is None else _as_json(seen),
             "height": 0.0 if seen is None else float(seen.height),
             "was_high": bool(self.was_high),
+            "num_blocks": self.num_blocks,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -141,7 +167,9 @@ class Judge:
             (log_mean, mean), (log_var, var), first = seen
             numbers = log_mean, log_var, mean, var, first, state.get("height", 0.0)
             self.seen = Statistics(*map(self._xp.number, numbers))
-        self.was_high = state.get("was_high", False)
+        self.num_blocks = state.get("num_blocks", 0)
+        self.was_high, self._upcoming = state.get("was_high", False), None
+        self.allowed = None if self.seen is None else limits(self._xp, self.seen)
         self._set_bounds()
 
 

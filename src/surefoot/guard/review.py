@@ -6,6 +6,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -110,7 +111,26 @@ class Review:
 
     def calm_for(self) -> int:
         """How many rows of permitted updates raise no alarm before the last, whatever their losses."""
-        return 0 if self.skips else BLOCK - len(self.waiting)
+        return self.calm_after(0)
+
+    def calm_after(self, num: int) -> int:
+        """The same after that many more such rows; none if one of these may raise an alarm."""
+        left = BLOCK - len(self.waiting) - num
+        if self.skips or (left <= 0 and not self._raises_none(num)):
+            return 0
+        return left if left > 0 else BLOCK + left
+
+    def _raises_none(self, num: int) -> bool:
+        """Whether the block that ends within as many more rows raises no alarm, whatever their losses."""
+        left, ends = BLOCK - len(self.waiting), copy(self)
+        if num >= left + BLOCK or math.isnan(self.level):  # another block ends, too; or this is the first
+            return False
+        ends.age += left
+        ends._take_up(self.waiting, bears=False)
+        if ends.num_above + left >= _LEVEL_STEPS:
+            return False
+        ends.losses = deque([*self.losses, math.inf], self.losses.maxlen)  # the worst that it can add
+        return ends.collapse(0) is None
 
     def look_at_calm(self, step: int, losses: Sequence[float]) -> Alarm | None:
         """Looks at that many rows at most, all of them fine; the last is that of `step`."""

@@ -69,10 +69,9 @@ class Watch:
         step: int,
         scaled: bool,
     ) -> Permit:
-        """Whether the update of `step` may be applied, and at what length; the numbers are 0-d tensors.
-
-        growth: of running statistics, if the model has any; on a CPU a float. scaled: fp16's loss scale
-        needs updates that are not finite to be refused, whatever the mode.
+        """Whether the update of `step` may be applied, and at what length; numbers are 0-d tensors. growth:
+        of running statistics, if the model has any; on a CPU a float. scaled: fp16's loss scale needs
+        updates that are not finite to be refused, whatever the mode.
         """
         if self.judge.on_host:
             permit = self.permit_on_host(loss.item(), grad_norm.item(), step=step, scaled=scaled)
@@ -117,9 +116,7 @@ class Watch:
         return Permit(verdict == FINE, verdict, clip)
 
     def is_usual(self, step: int) -> bool:
-        """Whether a step is decided on by its numbers and what the judge allows alone: it has seen enough,
-        and nothing that was done before has a say.
-        """
+        """Whether a step is decided on by its numbers, and what the judge allows, alone."""
         if not self.on:
             return True
         history = self.history
@@ -146,11 +143,15 @@ class Watch:
             norm = norm if limit is None else min(norm, limit)
         return loss, norm, self.most_growth(step)
 
-    def calm_for(self, step: int) -> int:
-        """How many steps from `step` on, if each is within the bounds of `lets_pass` now, are permitted and
-        call for no alarm before the last; on a host.
+    def calm_after(self, num: int, step: int) -> tuple[int, tuple[float, float, float]]:
+        """How many steps after `num` more from `step` on, all of them calm, are permitted and raise no
+        alarm before the last, if each is within these bounds, those of `lets_pass` then; on a host.
         """
-        return min(self.judge.calm_for(), self.fine_for(step)) if self.on else _ANY
+        if not self.on:
+            return _ANY, (math.inf, math.inf, math.inf)
+        calm, loss, norm = self.judge.calm_after(num)
+        calm = 0 if self.history.unsettled(step) else min(calm, self.reviewed.calm_after(num))
+        return calm, (loss, norm, self.most_growth(step))
 
     def fine_for(self, step: int) -> int:
         """How many steps from `step` on, if each is found fine, call for no alarm before the last."""
@@ -159,13 +160,13 @@ class Watch:
         return 0 if self.history.unsettled(step) else self.reviewed.calm_for()
 
     def take_calm(self, step: int, losses: Sequence[float], norms: Sequence[float]) -> Alarm | None:
-        """`permit` and `review` of as many steps as `calm_for` allows for, or fewer; the last is `step`."""
+        """`permit` and `review` of no more steps than `calm_after` allows for; the last is `step`."""
         if self.on:
             self.judge.take_calm(losses, norms)
         return self.review_calm(step, losses)
 
     def review_calm(self, step: int, losses: Sequence[float]) -> Alarm | None:
-        """`review` of as many steps as `fine_for` allows for, or fewer; the last is `step`."""
+        """`review` of no more steps than `fine_for` allows for; the last is `step`."""
         self.num_refused_in_a_row = 0
         return self.reviewed.look_at_calm(step, losses) if self.on else None
 
@@ -215,7 +216,7 @@ class Watch:
     def review(
         self, *, step: int, loss: float, verdict: int, permitted: bool, expected: bool
     ) -> Alarm | Stop | None:
-        """Looks at the row of a step once its numbers have reached the host; see `Review.look`."""
+        """Looks at the row of a step whose numbers have reached the host; see `Review.look`."""
         if verdict != SAT_OUT:
             self.num_refused_in_a_row = 0 if permitted else self.num_refused_in_a_row + 1
         if self.num_refused_in_a_row >= self.rules.max_refused_in_a_row:

@@ -8,8 +8,8 @@ median over processes of the medians of ratios of neighbouring turns:
 * ``mlp``, ``gpt``: ``Guard()`` beside ``Guard("off")``, eager; ``normed``: an MLP with batch norm, whose
   running statistics are looked at, too;
 * ``mlp-compiled``, ``normed-compiled``: the same, compiled;
-* ``mlp-adds``: a compiled run with guard, log and ledger beside the same compiled updates, fed and at the
-  same rates, with none of these;
+* ``mlp-adds``, ``cnn-adds``, ``gpt-adds``: a compiled run with guard, log and ledger beside the same
+  compiled updates, fed and at the same rates, with none of these;
 * ``mlp-same``, ``mlp-compiled-same``: ``Guard("off")`` beside itself: what of such ratios is noise.
 """
 
@@ -20,8 +20,9 @@ import json
 import math
 import statistics
 import tempfile
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,20 @@ from workloads import WORKLOADS
 import surefoot as sf
 from surefoot.api import run_steps
 from surefoot.build import build
+from surefoot.calm import LAP
+from surefoot.clock import AHEAD_S, Batches
 from surefoot.course import Silence, multipliers, update
 from surefoot.graph import Graph
-from surefoot.guard.detect import BLOCK
+from surefoot.guard.detect import LAG
+from surefoot.laps import Done
 from surefoot.prepare import Prepared, prepare
 from surefoot.record.folder import RunFolder
+from surefoot.types import Minibatch
 
-STEPS = {"mlp": 400, "mlp compiled": 4000, "gpt": 10, "normed": 400, "normed compiled": 4000}
+STEPS = {
+    "mlp": 400, "mlp compiled": 4000, "normed": 400, "normed compiled": 4000,
+    "gpt": 10, "gpt compiled": 10, "cnn compiled": 60,
+}  # fmt: skip
 """Of a turn: two of the guard's cycles of 200, or what takes seconds. Compiled ones take half a second:
 after each change of turns a run begins with cold caches.
 """
@@ -50,6 +58,8 @@ PAIRS = {
     "normed": ("heal", "off"),
     "normed-compiled": ("heal", "off"),
     "mlp-adds": ("heal", "silent"),
+    "cnn-adds": ("heal", "silent"),
+    "gpt-adds": ("heal", "silent"),
     "mlp-same": ("off", "off again"),
     "mlp-compiled-same": ("off", "off again"),
 }
@@ -121,18 +131,30 @@ def silent(made: Prepared) -> Iterator[None]:
     """The same updates, compiled, of which nobody is told."""
     feed = made.feed(lambda kind, **facts: None)
     course = made.course(feed, None, Silence(), deque(maxlen=1))  # type: ignore[arg-type]
-    take, graph = None, course.graph
-    rates: list[float] = []  # of the next steps, the last first
+    graph, state, batches = course.graph, course.state, Batches(feed.batches(0, LONG))
     assert isinstance(graph, Graph)
-    for batch in feed.batches(0, LONG):
-        if not rates:
-            left, take = graph.direct(course.state.step)
-            rates = multipliers(course, min(left, BLOCK))[::-1]
-        if not rates or take is None or take(batch, rates.pop(), _ALL) is None:
-            rates = []
-            update(course, batch)
-        else:
-            course.state.step += 1
+    while True:
+        left, direct = graph.direct(state.step)
+        until, before = time.perf_counter() + AHEAD_S, state.step
+        begun: deque[tuple[list[Minibatch], Callable[[], Done]]] = deque()
+        while direct is not None and (left or begun):
+            while left and (ahead := sum(len(some) for some, _ in begun)) <= LAG:
+                fetched = batches.ahead(min(LAP, left))
+                rates = multipliers(course, len(fetched), after=ahead)
+                num, wait = direct.begin(fetched, rates, _ALL, until)
+                batches.give_back(fetched[num:])
+                left = left - num if num == len(fetched) else 0
+                begun.append((fetched[:num], wait))
+            some, wait = begun.popleft()
+            num = len(wait().rows)
+            state.step += num
+            if num < len(some):  # time is up
+                left = 0
+                batches.give_back([*some[num:], *(batch for more, _ in begun for batch in more)])
+                while begun:
+                    begun.popleft()[1]()
+        yield from [None] * (state.step - before)  # with nothing under way, which would be the other's time
+        update(course, next(batches))
         yield
 
 

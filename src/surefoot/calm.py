@@ -143,10 +143,9 @@ class _Stretch:
     def _begin_laps(self) -> bool:
         """Begins as many as may be under way; whether there are any."""
         most_before = LAG if self._direct.goes_on_meanwhile else 0
-        while (
-            not self._ends and (before := sum(len(lap.batches) for lap in self._under_way)) <= most_before
-        ):
-            if not self._begin_lap(before):
+        while not self._ends:
+            before = sum(len(lap.batches) for lap in self._under_way)
+            if before > most_before or not self._begin_lap(before):
                 break
         return len(self._under_way) > 0
 

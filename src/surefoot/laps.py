@@ -29,8 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Words = NDArray[np.uint64]
-NUM_NUMBERS = 4
-"""That a step gives."""
+NUM_NUMBERS = 4  # that a step gives
 ALL_TAKEN, NOT_APPLIED, OUT_OF_TIME, FAILED = range(4)
 """How a lap ends: as asked; at a step that was not applied; at the time given; at an error."""
 _ENTRY, _RELEASE = "void inductor_entry_impl(", "py::gil_scoped_release_simple release;"
@@ -99,8 +98,7 @@ class Laps:
         written: tuple[Tensor, Tensor],
     ) -> None:
         self._with_lock, self._without = _libraries_of(kernels)
-        self._has_cores = len(os.sched_getaffinity(0)) > 1
-        self._order = [place for _, place in moves]
+        self._has_cores, self._order = len(os.sched_getaffinity(0)) > 1, [place for _, place in moves]
         fixed = [a for a in arguments if a is not None]
         moving, rest = {i: -1 - number for number, (i, _) in enumerate(moves)}, iter(range(len(fixed)))
         sources = np.array([moving[i] if i in moving else next(rest) for i in range(len(arguments))])
@@ -137,8 +135,8 @@ class Laps:
         lap = Begun(_Lap(len(moving), until, *places), own, handles, settings, rows)
         is_first = all(before.done for before in self._begun)
         self._begun.append(lap)
-        at = ctypes.byref(lap.memory)
-        self._without.surefoot_begin(self.steps, at, is_first, self.goes_on_meanwhile)
+        elsewhere = self.goes_on_meanwhile
+        self._without.surefoot_begin(self.steps, ctypes.byref(lap.memory), is_first, elsewhere)
         return lap
 
     def wait(self, lap: Begun) -> Done:
@@ -146,13 +144,16 @@ class Laps:
         if lap.done is None:
             memory = lap.memory
             self._without.surefoot_wait(self.steps, ctypes.byref(memory))
-            self._with_lock.surefoot_drop(lap.handles.ctypes.data, len(lap.handles))
-            last, error = None, None
+            handles, lap.handles = (
+                lap.handles,
+                lap.handles[:0],
+            )  # once, whatever interrupts
+            self._with_lock.surefoot_drop(handles.ctypes.data, len(handles))
+            last = None
             if memory.last:
-                capsules = [_capsule(memory.last, None, None)]
+                capsules, memory.last = [_capsule(memory.last, None, None)], None
                 (last,) = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(capsules)
-            if memory.ending == FAILED:
-                error = RuntimeError(memory.error.decode(errors="replace"))
+            error = RuntimeError(memory.error.decode(errors="replace")) if memory.ending == FAILED else None
             rows = lap.rows[: memory.num_taken].tolist()
             lap.done = Done(rows, memory.begun, last, memory.ending, error)
             self._begun = [other for other in self._begun if other.done is None]

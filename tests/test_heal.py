@@ -89,6 +89,21 @@ def decide_alike(rows, mode):
             assert np.isfinite(a).all()
 
 
+@pytest.mark.parametrize("host", [True, False])
+def test_limits_follow_a_block_at_once_in_a_young_run_and_later_some_steps_late(host, monkeypatch):
+    """Also where the state is put back after each step."""
+    monkeypatch.setattr(judge, "YOUNG", 2)
+    going_on, changes = Judge(torch.device("cpu"), on_host=host), []
+    for step in range(1, 250):
+        before = going_on.allowed
+        going_on.take(*map(going_on.tensor_or_float, (1.0 + 0.001 * step, 1.0)))
+        if going_on.allowed is not None and (before is None or going_on.allowed != before):
+            changes.append(step)
+        kept, going_on = going_on.state_dict(), Judge(torch.device("cpu"), on_host=host)
+        going_on.load_state_dict(kept)
+    assert changes == [64, 96, 128, 176, 208, 240]
+
+
 def verdicts(rows):
     guard = Watch(sf.Guard(), torch.device("cpu"))
     found = []

@@ -25,7 +25,6 @@ class Direct:
         tensors_of: those of a batch that differ from step to step; None if the batch is unlike others.
         setting_of: numbers that depend on bounds and the rates' multiplier; `write` writes them down.
         seed: seeds the random numbers of a step, if it draws any.
-
     """
 
     def __init__(

@@ -74,8 +74,6 @@ class Graph:
         self._most_lr = max(map(abs, parts.base_lr))
         self._rates = torch.empty(len(parts.base_lr), dtype=torch.float64)
         self._write_bounds, self._write_rates = self._bounds.numpy(), self._rates.numpy()
-        self._direct: Direct | None = None
-        self._direct_of: list[Tensor] | None = None
 
     def __call__(self, batch: Minibatch, multiplier: float, *, check: bool = False) -> Attempt | None:
         """Attempts one update; None if it is one for `train_step`: nothing was changed then.
@@ -128,9 +126,6 @@ class Graph:
             return 0, None
         self._drop_grads()
         buffers, num_rows, weight = parts.buffers.live(self._buffers), self._num_rows, self._weight
-        left = CHECK_EVERY - 1 - step % CHECK_EVERY
-        if self._direct is not None and self._direct_of is self._fixed:
-            return left, self._direct
 
         def tensors_of(batch: Minibatch) -> list[Any] | None:
             total = known_weight(parts, batch)
@@ -142,11 +137,11 @@ class Graph:
             torch.default_generator.manual_seed(seed_of(parts.draws, step, 0))
 
         laps = whole.laps((self._bounds, self._rates)) if not self._draws else None
-        self._direct = Direct(
+        direct = Direct(
             whole.again, laps, tensors_of=tensors_of, setting_of=self._setting, write=self._write,
             seed=seed if self._draws else None,
         )  # fmt: skip
-        return left, self._direct
+        return CHECK_EVERY - 1 - step % CHECK_EVERY, direct
 
     def _drop_grads(self) -> None:
         """Those of an eager step before."""

@@ -23,6 +23,7 @@ LEVELS = [
     {"graph"},
     {"captured"},
     {"trials"},
+    {"flops"},
     {"heal", "choice"},
     {"course"},
     {"clock"},

@@ -454,7 +454,7 @@ def test_what_compiling_draws_changes_no_mask(monkeypatch):
         return compile_fx(*of, **options)
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", draws)
-    compiled, x, seen = Compiled(Masked().method, cpp_wrapper=False), torch.ones(64), []
+    compiled, x, seen = Compiled(Masked().method), torch.ones(64), []
     for _ in range(2):
         torch.manual_seed(3)
         seen.append(compiled((x,))[0])

@@ -17,7 +17,7 @@ from test_graph import EVENTFUL, calmly, diverging, run
 from test_kill import Forked, kill_in_time, newest_step
 
 import surefoot as sf
-from surefoot import calm, compiled, laps, trials
+from surefoot import calm, compiled, laps
 from surefoot.api import run_steps
 from surefoot.build import build
 from surefoot.guard import judge
@@ -32,8 +32,7 @@ COMPILED = Operations(compute={"compile": "on"}, progress="off")
 
 @pytest.fixture(autouse=True)
 def by_calls_that_are_compiled(monkeypatch):
-    """As in long runs, whose guard takes up what is usual some steps later."""
-    monkeypatch.setattr(trials, "CPP_WRAPPER_UPDATES", 0)
+    """The guard takes up what is usual some steps later."""
     monkeypatch.setattr(judge, "YOUNG", 0)
 
 
@@ -235,7 +234,6 @@ from surefoot.measure.digest import digest
 from surefoot.operations import Operations
 from surefoot.record.folder import RunFolder
 
-trials.CPP_WRAPPER_UPDATES = 0
 _, built = run(recipe(until=400), Path({out!r}), Operations(compute={{"compile": "on"}}, progress="off"))
 _, direct = built.run.graph.direct(100)
 batches = [built.run.feed.at(step % 4) for step in range(5000)]

@@ -10,7 +10,7 @@ from conftest import ROOT, blobs, flat, recipe, surefoot
 from torch import nn
 
 import surefoot as sf
-from surefoot.choice import Question, choose
+from surefoot.choice import Kept, Question, choose
 from surefoot.errors import OperationsError
 from surefoot.operations import Operations
 from surefoot.tune.compute import tune_compute, write_settings
@@ -138,7 +138,7 @@ def test_the_rule_by_which_steps_are_captured(monkeypatch, asked, kept, total, a
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000 * allocated)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    choice = choose(Question(asked, kept, trial))
+    choice = choose(Question(asked, None, None if kept is None else Kept(kept, 2), trial))
     assert choice.compiled == found[0]
     assert choice.reason.startswith(found[1])
     assert (choice.graph is not None) == bool(found[0])
@@ -148,5 +148,5 @@ def test_what_cannot_be_captured_is_eager_by_the_rule(monkeypatch):
     trial = SimpleNamespace(parts=SimpleNamespace(device=torch.device("cuda", 0)), total=10_000)
     monkeypatch.setattr("surefoot.choice.captured_step", lambda trial: (None, "it waits"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    choice = choose(Question("auto", None, trial))
+    choice = choose(Question("auto", None, None, trial))
     assert (choice.compiled, choice.reason, choice.graph) == ("", "not captured: it waits", None)

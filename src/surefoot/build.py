@@ -17,7 +17,7 @@ import torch
 from surefoot.checkpoint.ballast import Ballast
 from surefoot.checkpoint.retention import Retention
 from surefoot.checkpoint.writer import Writer
-from surefoot.choice import Choice, Extent, kept_choice
+from surefoot.choice import Choice, Kept, kept_choice
 from surefoot.environment import of_attempt
 from surefoot.errors import SurefootError
 from surefoot.guard.hang import stacks_if_stuck
@@ -73,8 +73,14 @@ def build(
         StateError: the run has checkpoints, but none is sound.
     """
     check_kinds(recipe, operations)
-    with stacks_if_stuck(seconds(operations.hang_after, name="hang_after")):
-        return _build(recipe, folder, operations, origin, fresh)
+    threads, made = torch.get_num_threads(), None
+    try:
+        with stacks_if_stuck(seconds(operations.hang_after, name="hang_after")):
+            made = _build(recipe, folder, operations, origin, fresh, threads)
+            return made
+    finally:
+        if made is None or made.run is None:  # else the run does that when it ends
+            torch.set_num_threads(threads)
 
 
 def _build(
@@ -83,8 +89,8 @@ def _build(
     operations: Operations,
     origin: Mapping[str, Any] | None,
     fresh: bool,
+    threads_before: int,
 ) -> Build:
-    threads_before = torch.get_num_threads()
     made = prepare(recipe, operations, origin, kept=None if fresh else _kept_choice(folder))
     state, groups = made.state, made.groups
     if fresh:
@@ -124,8 +130,8 @@ def _build(
     return Build(folder, state, run, ended, notes, groups)
 
 
-def _kept_choice(folder: RunFolder) -> Extent | None:
-    """What was compiled in the run that lies in a folder, if one does and tells."""
+def _kept_choice(folder: RunFolder) -> Kept | None:
+    """How the run was computed that lies in a folder, if one does and tells."""
     if not folder.holds_run():
         return None
     try:

@@ -1,7 +1,8 @@
 """Whether the steps of a run are compiled. Chosen once, before the first step, and kept by the run.
 
 ``compute.compile = auto`` is a rule of model, batch, length and device, never a measurement: two fresh runs
-of a recipe must choose alike. `surefoot tune compute` measures. On a GPU, where captured steps have the
+of a recipe must choose alike. So is how many threads the kernels of a compiled step have, where
+``compute.threads`` does not say. `surefoot tune compute` measures. On a GPU, where captured steps have the
 bits of eager ones, what a step takes of its memory counts, too.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from types import FunctionType
@@ -17,15 +18,13 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from surefoot.captured import Captured
 from surefoot.compiled import forget_failed_traces, with_own_code
 from surefoot.errors import OperationsError, SurefootError
+from surefoot.flops import count
 from surefoot.graph import Graph, form
-from surefoot.passes import losses_of, probe
+from surefoot.passes import probe
 from surefoot.protocols import Objective
 from surefoot.train_step import pieces_of
 from surefoot.trials import (
@@ -45,6 +44,8 @@ step is a CUDA graph.
 
 ENOUGH_UPDATES = 50_000
 _MOST_FLOPS = 20e6
+SHORT = 1 << 21
+"""Floating-point operations that are over before a second thread has been of use (lab book, 2026-11-28)."""
 ENOUGH_TO_CAPTURE = 1_000
 MOST_MEMORY = 0.4
 """Of a GPU's, that may be in use in a step, eager or as it is captured, where that is done by the rule: a
@@ -66,22 +67,38 @@ class Choice(NamedTuple):
     objective: Objective | None = None
 
 
+class Kept(NamedTuple):
+    """How a run was computed that is continued or replayed."""
+
+    compiled: Extent
+    threads: int | None
+
+
 class Question(NamedTuple):
-    """What a choice depends on. asked: ``compute.compile``. kept: the choice of the run that is continued,
-    if one is.
-    """
+    """What a choice depends on. asked: ``compute.compile``. threads: ``compute.threads``."""
 
     asked: str
-    kept: Extent | None
+    threads: int | None
+    kept: Kept | None
     trial: Trial
 
+    @property
+    def before(self) -> Extent | None:
+        """What the run that is continued has compiled, if one is, and by the rule goes on with."""
+        return self.kept.compiled if self.asked == "auto" and self.kept is not None else None
 
-def kept_choice(environment: Mapping[str, Any]) -> Extent:
-    """What was compiled in an environment."""
-    found = environment.get("compiled")
+    @property
+    def by_rule(self) -> bool:
+        """Whether nobody has chosen."""
+        return self.asked == "auto" and self.kept is None
+
+
+def kept_choice(environment: Mapping[str, Any]) -> Kept:
+    """How steps were computed in an environment."""
+    found, threads = environment.get("compiled"), environment.get("threads")
     if found is True:  # as the first versions noted it
-        return "forward"
-    return found if found in ("step", "forward", "captured") else ""
+        return Kept("forward", threads)
+    return Kept(found if found in ("step", "forward", "captured") else "", threads)
 
 
 def choose(q: Question) -> Choice:
@@ -94,11 +111,11 @@ def choose(q: Question) -> Choice:
         return Choice("", "")
     if q.trial.parts.device.type == "cuda":
         return _on_gpu(q)
-    if q.asked == "auto" and q.kept in ("", "captured"):
+    if q.before in ("", "captured"):
         return Choice("", "")
-    if q.asked == "auto" and q.kept == "forward":
+    if q.before == "forward":
         return _forward(q, "as the run began")
-    if q.asked == "auto" and q.kept is None:
+    if q.by_rule:
         against = _against(q)
         if against:
             return Choice("", f"not compiled: {against}")
@@ -106,12 +123,16 @@ def choose(q: Question) -> Choice:
     why_not, graph = refusal(q.trial.parts), None
     if not all(isinstance(leaf, Tensor) for leaf in leaves(q.trial.batch(0).data)):
         why_not = "batches hold more than tensors"
+    threads = torch.get_num_threads()
     if not why_not:
+        torch.set_num_threads(_threads(q))
         graph, why_not = compiled_step(q.trial)
     if graph is not None:
         took = f"{time.perf_counter() - begun:.1f} s"
-        return Choice("step", f"compiled: the whole step is one function, made in {took}", graph)
-    if q.kept == "step" and q.asked == "auto":
+        few = "" if torch.get_num_threads() == threads else ", for one thread: its kernels are short"
+        return Choice("step", f"compiled: the whole step is one function, made in {took}{few}", graph)
+    torch.set_num_threads(threads)
+    if q.before == "step":
         raise OperationsError(
             f"the steps of this run were compiled, and cannot be here: {why_not}",
             why="Compiled and not, they agree to rounding only.",
@@ -127,17 +148,16 @@ def _on_gpu(q: Question) -> Choice:
     """A step that is captured, by the rule or if that is asked for; else, if asked for, a compiled forward
     pass.
     """
-    if q.asked == "auto" and q.kept == "":
+    if q.before == "":
         return Choice("", "")
-    if q.asked == "auto" and q.kept == "forward":
+    if q.before == "forward":
         return _forward(q, "as the run began")
-    by_rule = q.asked == "auto" and q.kept is None
-    if by_rule and q.trial.total < ENOUGH_TO_CAPTURE:
+    if q.by_rule and q.trial.total < ENOUGH_TO_CAPTURE:
         return Choice("", f"not captured: under {ENOUGH_TO_CAPTURE:,} updates it does not pay")
     begun, device = time.perf_counter(), q.trial.parts.device
     torch.cuda.reset_peak_memory_stats(device)
     graph, why_not = captured_step(q.trial)
-    if graph is not None and by_rule:
+    if graph is not None and q.by_rule:
         all_of_it: int = torch.cuda.get_device_properties(device).total_memory
         if torch.cuda.max_memory_allocated(device) > MOST_MEMORY * all_of_it:
             graph, why_not = None, f"a step takes more than {MOST_MEMORY:.0%} of the GPU's memory"
@@ -203,37 +223,21 @@ def _against(q: Question) -> str:
     """What speaks against compiling by the rule, or nothing."""
     if q.trial.total < ENOUGH_UPDATES:
         return f"under {ENOUGH_UPDATES:,} updates it does not pay"
-    counter = _Flops()
-    try:
-        with counter:
-            losses_of(q.trial.parts, q.trial.batch(0))
-    except SurefootError:
-        raise
-    except Exception as error:  # if it is the model's, the first step will tell
-        q.trial.parts.buffers.settle(torch.tensor(False), on_host=True)
-        forget_failed_traces()
-        return f"its operations cannot be counted: {first_line(error)}"
-    return "the model's own arithmetic dominates" if counter.total > _MOST_FLOPS else ""
+    counted = count(q.trial)
+    if isinstance(counted, str):
+        return f"its operations cannot be counted: {counted}"
+    return "the model's own arithmetic dominates" if counted.total > _MOST_FLOPS else ""
 
 
-class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts floating-point operations by torch's table. Torch's own counter hooks into autograd to tell
-    modules apart, and so fails where a forward pass takes a derivative, as a gradient penalty does.
+def _threads(q: Question) -> int:
+    """For the kernels of a compiled step, on a CPU. A second thread has to be woken for each of them, and
+    with one the rest of the step is done meanwhile (`surefoot.laps`). A run goes on with the one it had.
     """
-
-    supports_higher_order_operators = True  # that is, it is asked about them
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if isinstance(func, HigherOrderOperator):
-            raise NotImplementedError(f"what torch does in {func}")
-        result = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=result)
-        return result
+    now = torch.get_num_threads()
+    if q.threads is not None or now == 1:
+        return now
+    if q.before == "step":
+        assert q.kept is not None
+        return 1 if q.kept.threads == 1 else now
+    counted = count(q.trial)
+    return now if isinstance(counted, str) or counted.most > SHORT else 1

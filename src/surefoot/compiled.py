@@ -31,14 +31,13 @@ class Compiled:
 
     Args:
         method: traced whole; what it reads besides its arguments counts as constant.
-        cpp_wrapper: the calls of kernels are compiled, too: 60 us less per step, 12 s more to compile.
     """
 
-    def __init__(self, method: Callable[..., Any], *, cpp_wrapper: bool) -> None:
+    def __init__(self, method: Callable[..., Any]) -> None:
         self._options = {
             "fallback_random": True,  # torch's own random numbers: the masks that eager mode draws
             "size_asserts": False,
-            "cpp_wrapper": cpp_wrapper,
+            "cpp_wrapper": True,  # the calls of kernels are compiled, too
         }
         self._kernels: Callable[[list[Any]], Sequence[Tensor]] | None = None
         self._taken: list[list[Any]] = []  # what the kernels were first called with

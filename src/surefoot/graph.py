@@ -37,14 +37,13 @@ class Graph:
     Args:
         batch: as all others will be. An eager pass with it is just done, so that it is known what gets a
             gradient and which buffers change.
-        cpp_wrapper: see `Compiled`.
 
     suspects: the next step checks all that the trace depended on; to be set after code of others has run.
     trained: the parameters that get a gradient. layers: the weights among them. is_whole: a step is one
     function, and not several passes.
     """
 
-    def __init__(self, parts: Parts, batch: Minibatch, *, cpp_wrapper: bool) -> None:
+    def __init__(self, parts: Parts, batch: Minibatch) -> None:
         self._parts = parts
         named = {name: p for name, p in parts.model.named_parameters() if p.requires_grad}
         trained = {name: p for name, p in named.items() if p.grad is not None}
@@ -61,12 +60,9 @@ class Graph:
         self.suspects = self._has_grads = True
         one = parts.micro >= batch.num_rows
         self.is_whole = one
-        self._whole = Compiled(traced.whole, cpp_wrapper=cpp_wrapper) if one else None
-        self._pieces = {
-            piece.num_rows: Compiled(traced.gradients, cpp_wrapper=cpp_wrapper)
-            for piece in pieces_of(parts, batch)
-        }
-        self._last = Compiled(traced.finish, cpp_wrapper=cpp_wrapper)
+        self._whole = Compiled(traced.whole) if one else None
+        self._pieces = {piece.num_rows: Compiled(traced.gradients) for piece in pieces_of(parts, batch)}
+        self._last = Compiled(traced.finish)
         self._fixed: list[Tensor] = []
         self._fixed_of: Slots | None = None
         self._draws: bool | None = None

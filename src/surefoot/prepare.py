@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from surefoot.checkpoint.snapshot import Snapshot
 from surefoot.checkpoint.store import DirectoryStore
-from surefoot.choice import Choice, Extent, Question, choose
+from surefoot.choice import Choice, Kept, Question, choose
 from surefoot.course import Course, Record, first_failure
 from surefoot.data.feed import Feed
 from surefoot.data.plan import Cadence, Plan
@@ -155,11 +155,11 @@ def prepare(
     operations: Operations,
     origin: Mapping[str, Any] | None = None,
     *,
-    kept: Extent | None = None,
+    kept: Kept | None = None,
 ) -> Prepared:
     """Checks a recipe with operations as far as that can be done before anything is written.
 
-    kept: what was compiled in the run that goes on or is replayed.
+    kept: how the run that goes on, or is replayed, was computed.
 
     Raises:
         UsageError: they do not fit.
@@ -190,9 +190,8 @@ def prepare(
     evaluation = _evaluation(recipe, operations, parts, plan)
     _check_watched(recipe, operations, schedule, evaluation, model)
     feed = Feed(recipe.data, plan, recipe.seed, device)
-    question = Question(
-        asked=operations.compute.compile, kept=kept, trial=Trial(parts, state, feed.at, total)
-    )
+    computed = operations.compute
+    question = Question(computed.compile, computed.threads, kept, Trial(parts, state, feed.at, total))
     try:
         choice = choose(question)
     except (SurefootError, OSError, MemoryError, torch.OutOfMemoryError):

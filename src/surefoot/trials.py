@@ -25,7 +25,6 @@ from surefoot.train_step import Parts, pieces_of, seed_generators, train_step
 from surefoot.types import Minibatch, leaves
 from surefoot.unchanged import BACKWARD_HOOKS, HOOKS, Unchanged, hooked
 
-CPP_WRAPPER_UPDATES = 200_000
 ELSEWHERE = "the model draws from numpy's or Python's random numbers"
 _TOLERANCE = 1e-2  # of other kernels
 _REPEATS = 1e-5  # of the same ones, of which some may not repeat to the bit
@@ -57,7 +56,7 @@ def compiled_step(t: Trial) -> tuple[Graph | None, str]:
         if _draws_elsewhere(parts, t.batch(0)):
             return None, ELSEWHERE
         batch, expected = _sound(t, range(1, _MOST_TRIED + 1))
-        graph = Graph(parts, batch, cpp_wrapper=t.total >= CPP_WRAPPER_UPDATES)
+        graph = Graph(parts, batch)
         try:
             attempts = [graph(batch, 0.0), graph(batch, 0.0), graph(batch, 0.0, check=True)]
         except Exception as error:

@@ -40,6 +40,7 @@ bench: setup
 	$(BIN)/python benchmarks/checkpoint.py --out benchmarks/results/checkpoint.json
 	$(BIN)/python benchmarks/goodput.py --out benchmarks/results/goodput.json
 	$(BIN)/python benchmarks/guard.py --out benchmarks/results/guard.json
+	$(BIN)/python benchmarks/threads.py --out benchmarks/results/threads.json
 	$(BIN)/python benchmarks/beside.py --out benchmarks/results/beside.json
 	$(BIN)/python benchmarks/heal.py --out benchmarks/results/heal.json
 	$(BIN)/python benchmarks/reading.py --out benchmarks/results/reading.json

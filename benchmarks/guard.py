@@ -2,12 +2,13 @@
 
     python benchmarks/guard.py [--processes 6] [--turns 15] [--out benchmarks/results/guard.json]
 
-Ratios of microseconds per update; one thread. In each process two runs go on in turns; the result is the
-median over processes of the medians of ratios of neighbouring turns:
+Ratios of microseconds per update, with the threads that a run has at its defaults, or `--threads`. In each
+process two runs go on in turns; the result is the median over processes of the medians of ratios of
+neighbouring turns:
 
 * ``mlp``, ``gpt``: ``Guard()`` beside ``Guard("off")``, eager; ``normed``: an MLP with batch norm, whose
   running statistics are looked at, too;
-* ``mlp-compiled``, ``normed-compiled``: the same, compiled;
+* ``mlp-compiled``, ``cnn-compiled``, ``gpt-compiled``, ``normed-compiled``: the same, compiled;
 * ``mlp-adds``, ``cnn-adds``, ``gpt-adds``: a compiled run with guard, log and ledger beside the same
   compiled updates, fed and at the same rates, with none of these;
 * ``mlp-same``, ``mlp-compiled-same``: ``Guard("off")`` beside itself: what of such ratios is noise.
@@ -55,6 +56,8 @@ PAIRS = {
     "mlp": ("heal", "off"),
     "gpt": ("heal", "off"),
     "mlp-compiled": ("heal", "off"),
+    "cnn-compiled": ("heal", "off"),
+    "gpt-compiled": ("heal", "off"),
     "normed": ("heal", "off"),
     "normed-compiled": ("heal", "off"),
     "mlp-adds": ("heal", "silent"),
@@ -71,44 +74,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--processes", type=int, default=6)
     parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", nargs=2, metavar=("PAIR", "ORDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         pair, order = arguments.one
-        print(json.dumps(measure(pair, arguments.turns, reverse=order == "reverse")))
+        print(json.dumps(measure(pair, arguments.turns, arguments.threads, reverse=order == "reverse")))
         return
-    results = []
+    results, same = [], ["--turns", str(arguments.turns)]
+    if arguments.threads:
+        same += ["--threads", str(arguments.threads)]
     for pair in arguments.pairs:
         rounds = [
-            in_process(
-                __file__, "--one", pair, ("as given", "reverse")[i % 2], "--turns", str(arguments.turns)
-            )
+            in_process(__file__, "--one", pair, ("as given", "reverse")[i % 2], *same)
             for i in range(arguments.processes)
         ]
         found = statistics.median(r["ratio"] for r in rounds)
-        results.append({"pair": pair, "ratio": found, "processes": rounds})
+        threads = {r.pop("threads") for r in rounds}.pop()
+        results.append({"pair": pair, "threads": threads, "ratio": found, "processes": rounds})
         told = ", ".join(f"{r['ratio']:.3f}" for r in rounds)
-        print(f"{pair}: {PAIRS[pair][0]} takes {found:.3f} of {PAIRS[pair][1]} ({told})", flush=True)
+        one, other = PAIRS[pair]
+        print(f"{pair}, {threads} thread(s): {one} takes {found:.3f} of {other} ({told})", flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def measure(pair: str, turns: int, *, reverse: bool) -> dict[str, Any]:
-    torch.set_num_threads(1)
+def measure(pair: str, turns: int, threads: int | None, *, reverse: bool) -> dict[str, Any]:
     workload, _, extent = pair.partition("-")
     compiled = "on" if extent in ("compiled", "compiled-same", "adds") else "off"
     steps = STEPS[f"{workload} compiled" if compiled == "on" else workload]
     with tempfile.TemporaryDirectory() as folder:
         modes = PAIRS[pair][::-1] if reverse else PAIRS[pair]
-        runs = {mode: updates(workload, mode, compiled, f"{folder}/{mode}") for mode in modes}
+        runs = {mode: updates(workload, mode, compiled, f"{folder}/{mode}", threads) for mode in modes}
+        threads = torch.get_num_threads()
         times = in_turns(runs, steps=steps, turns=turns)
     medians = {mode: statistics.median(values) for mode, values in times.items()}
-    return {"us_per_update": medians, "ratio": ratio(times, *PAIRS[pair])}
+    return {"threads": threads, "us_per_update": medians, "ratio": ratio(times, *PAIRS[pair])}
 
 
-def updates(workload: str, mode: str, compiled: str, out: str) -> Iterator[Any]:
+def updates(workload: str, mode: str, compiled: str, out: str, threads: int | None = None) -> Iterator[Any]:
     w = WORKLOADS[workload]
     recipe = sf.Recipe(
         model=w.model,
@@ -121,7 +127,7 @@ def updates(workload: str, mode: str, compiled: str, out: str) -> Iterator[Any]:
         until=LONG,
         guard=sf.Guard("heal" if mode == "heal" else "off"),
     )
-    operations = sf.Operations(compute={"compile": compiled, "threads": 1})
+    operations = sf.Operations(compute={"compile": compiled, "threads": threads})
     if mode != "silent":
         return by_update(run_steps(build(recipe, RunFolder(out), operations)))
     return silent(prepare(recipe, operations))

@@ -27,10 +27,10 @@ from turns import Window, by_update, in_process
 import surefoot as sf
 from surefoot.api import run_steps
 from surefoot.build import build
-from surefoot.flops import count
 from surefoot.prepare import prepare
 from surefoot.record.folder import RunFolder
 from surefoot.trials import Trial
+from surefoot.work import count
 
 
 class Attention(nn.Module):

@@ -23,7 +23,7 @@ LEVELS = [
     {"graph"},
     {"captured"},
     {"trials"},
-    {"flops"},
+    {"work"},
     {"heal", "choice"},
     {"course"},
     {"clock"},

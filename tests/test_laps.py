@@ -229,7 +229,6 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from conftest import recipe
 from test_graph import run
-from surefoot import trials
 from surefoot.measure.digest import digest
 from surefoot.operations import Operations
 from surefoot.record.folder import RunFolder

@@ -73,14 +73,12 @@ def build(
         StateError: the run has checkpoints, but none is sound.
     """
     check_kinds(recipe, operations)
-    threads, made = torch.get_num_threads(), None
+    threads = torch.get_num_threads()
     try:
         with stacks_if_stuck(seconds(operations.hang_after, name="hang_after")):
-            made = _build(recipe, folder, operations, origin, fresh, threads)
-            return made
+            return _build(recipe, folder, operations, origin, fresh)
     finally:
-        if made is None or made.run is None:  # else the run does that when it ends
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
 
 
 def _build(
@@ -89,7 +87,6 @@ def _build(
     operations: Operations,
     origin: Mapping[str, Any] | None,
     fresh: bool,
-    threads_before: int,
 ) -> Build:
     made = prepare(recipe, operations, origin, kept=None if fresh else _kept_choice(folder))
     state, groups = made.state, made.groups
@@ -122,7 +119,7 @@ def _build(
         record=record,
         budget=_budget(operations, folder),
         hang_after_s=seconds(operations.hang_after, name="hang_after"),
-        threads_before=threads_before,
+        threads=torch.get_num_threads(),
         fresh=record.attempt == 1,
         keeps_samples=operations.incidents.samples,
         profile=Profile(folder.profiles, operations.profile) if operations.profile else None,

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from surefoot.captured import Captured
 from surefoot.compiled import forget_failed_traces, with_own_code
 from surefoot.errors import OperationsError, SurefootError
-from surefoot.flops import count
 from surefoot.graph import Graph, form
 from surefoot.passes import probe
 from surefoot.protocols import Objective
@@ -36,6 +35,7 @@ from surefoot.trials import (
     refusal,
 )
 from surefoot.types import Tree, leaves
+from surefoot.work import count
 
 Extent = Literal["step", "forward", "captured", ""]
 """What is compiled: the whole step, the forward pass and its losses, or nothing; captured: nothing, but the
@@ -44,8 +44,10 @@ step is a CUDA graph.
 
 ENOUGH_UPDATES = 50_000
 _MOST_FLOPS = 20e6
-SHORT = 1 << 21
-"""Floating-point operations that are over before a second thread has been of use (lab book, 2026-11-28)."""
+SHORT, SMALL = 1 << 21, 1 << 16
+"""Floating-point operations of a kernel, and elements of a tensor, or weights, that one thread is done with
+before a second one has been of use (`benchmarks/threads.py`).
+"""
 ENOUGH_TO_CAPTURE = 1_000
 MOST_MEMORY = 0.4
 """Of a GPU's, that may be in use in a step, eager or as it is captured, where that is done by the rule: a
@@ -123,15 +125,15 @@ def choose(q: Question) -> Choice:
     why_not, graph = refusal(q.trial.parts), None
     if not all(isinstance(leaf, Tensor) for leaf in leaves(q.trial.batch(0).data)):
         why_not = "batches hold more than tensors"
-    threads = torch.get_num_threads()
+    before, few = torch.get_num_threads(), ""
     if not why_not:
-        torch.set_num_threads(_threads(q))
+        threads, few = _threads(q)
+        torch.set_num_threads(threads)
         graph, why_not = compiled_step(q.trial)
     if graph is not None:
         took = f"{time.perf_counter() - begun:.1f} s"
-        few = "" if torch.get_num_threads() == threads else ", for one thread: its kernels are short"
         return Choice("step", f"compiled: the whole step is one function, made in {took}{few}", graph)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
     if q.before == "step":
         raise OperationsError(
             f"the steps of this run were compiled, and cannot be here: {why_not}",
@@ -229,15 +231,16 @@ def _against(q: Question) -> str:
     return "the model's own arithmetic dominates" if counted.total > _MOST_FLOPS else ""
 
 
-def _threads(q: Question) -> int:
-    """For the kernels of a compiled step, on a CPU. A second thread has to be woken for each of them, and
-    with one the rest of the step is done meanwhile (`surefoot.laps`). A run goes on with the one it had.
+def _threads(q: Question) -> tuple[int, str]:
+    """For the kernels of a compiled step, on a CPU; and why. For short ones a second thread takes longer to
+    wake than it saves, and with one the rest of the step is done meanwhile (`surefoot.laps`).
     """
     now = torch.get_num_threads()
     if q.threads is not None or now == 1:
-        return now
-    if q.before == "step":
-        assert q.kept is not None
-        return 1 if q.kept.threads == 1 else now
-    counted = count(q.trial)
-    return now if isinstance(counted, str) or counted.most > SHORT else 1
+        return now, ""
+    if q.kept is not None and q.kept.compiled == "step":
+        return (1, ", for one thread, as the run began") if q.kept.threads == 1 else (now, "")
+    work, weights = count(q.trial), sum(p.numel() for p in q.trial.parts.params)
+    if isinstance(work, str) or work.most > SHORT or max(work.elements, weights) > SMALL:
+        return now, ""
+    return 1, ", for one thread: its kernels are short"

@@ -7,6 +7,7 @@ then, and what is likely to change is looked at here, each time.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -134,7 +135,7 @@ class Compiled:
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
         def compile_kernels(*of: Any, **options: Any) -> Any:
-            with with_laps():
+            with with_laps(), _no_word_of_shims():
                 code: Any = compile_fx_inner(*of, **options)
             kernels, found = code.current_callable, self._taken
 
@@ -178,6 +179,21 @@ def _hooks_on_saved_tensors_stay() -> Iterator[None]:
         if told is None:
             torch._C._autograd._saved_tensors_hooks_enable()
         raise
+
+
+@contextmanager
+def _no_word_of_shims() -> Iterator[None]:
+    """Torch warns of each operation that its C++ calls in another way than most."""
+
+    def is_of_use(record: logging.LogRecord) -> bool:
+        return "c-shim" not in str(record.msg)
+
+    log = logging.getLogger("torch._inductor.ir")
+    log.addFilter(is_of_use)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_of_use)
 
 
 def forget_failed_traces() -> None:

@@ -53,8 +53,8 @@ class Run(Course):
     """A run, ready to go on: what `build` joins from a recipe and operations.
 
     fresh: nothing of it was kept before. hang_after_s: without a step or a batch of validation, after
-    which the threads' stacks are written down. threads_before: of this process, for torch's kernels, to be
-    put back. keeps_samples: the batch in which an incident began goes into its bundle.
+    which the threads' stacks are written down. threads: for torch's kernels in its steps, and what the
+    caller has between them. keeps_samples: the batch in which an incident began goes into its bundle.
     profile: of its first steps.
     """
 
@@ -62,7 +62,8 @@ class Run(Course):
     record: Recorder
     budget: Budget
     hang_after_s: float
-    threads_before: int
+    threads: int
+    callers_threads: int = 0
     fresh: bool
     keeps_samples: bool = False
     profile: Profile | None = None
@@ -95,7 +96,9 @@ def steps(run: Run) -> Generator[Outcome, None, None]:
     iterating, keeps the state; an error leaves the last checkpoint as it is.
     """
     run.stop.grace_s, run.stop.give_up = run.keeper.deadline_s, lambda: _give_up(run)
+    run.callers_threads = torch.get_num_threads()
     try:
+        torch.set_num_threads(run.threads)
         with callers_generators(), signals_ask(run.stop), _watched(run):
             run.status = yield from _attempt(run)
             _end(run)
@@ -116,7 +119,19 @@ def steps(run: Run) -> Generator[Outcome, None, None]:
         raise
     finally:  # the process is the caller's
         run.keeper.writer.close()
-        torch.set_num_threads(run.threads_before)
+        torch.set_num_threads(run.callers_threads)
+
+
+def _told(run: Run, outcome: Outcome) -> Generator[Outcome, None, None]:
+    """Hands an outcome out. The number of threads is the process's: the body, and another run whose steps
+    are taken in turns with these, has its own.
+    """
+    torch.set_num_threads(run.callers_threads)
+    try:
+        yield outcome
+    finally:
+        run.callers_threads = torch.get_num_threads()
+        torch.set_num_threads(run.threads)
 
 
 def _attempt(run: Run) -> Generator[Outcome, None, str]:
@@ -176,17 +191,17 @@ def _updates(run: Run, batches: Batches, clock: Clock) -> Generator[Outcome, Non
         if isinstance(verdict, Alarm):
             settle(run, None, None)
             parts.guard.pending = verdict
-            yield outcome
+            yield from _told(run, outcome)
             return ""
         if verdict is not None:
-            yield outcome
+            yield from _told(run, outcome)
             record.event("diverged", step=state.step, reason=verdict.reason, fix=verdict.fix)
             return "diverged"
         if state.step >= next_validation or state.step == run.total:
             next_validation = run.validate.after(state.step) if run.validate else run.total + 1
             outcome = outcome._replace(metrics=run_validation(run))
             clock.boundary = time.perf_counter()
-        yield outcome
+        yield from _told(run, outcome)
         if validation_due(run):
             return "preempted"  # a stop was asked for while validating
         if state.step % EVERY == 0 and parts.guard.on:

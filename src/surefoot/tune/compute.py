@@ -1,6 +1,6 @@
 """Which way to compute is fastest here: measured on a recipe's own batches, each alternative in turns.
 
-What is measured are updates as a run takes them, without a run directory. Layout, compilation, threads and
+What is measured are updates as a run takes them, without a run directory. Layout, threads, compilation and
 workers are tried one after another, each beside the best so far: a few minutes do, where all combinations
 would take an hour.
 """
@@ -107,10 +107,11 @@ def _alternatives(recipe: Recipe, made: Prepared) -> Iterator[dict[str, Any]]:
     yield {"compute.threads": now}
     if any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in made.model.modules()):
         yield {"compute.layout": "channels_last"}
-    yield {"compute.compile": "on"}
-    if made.device.type == "cpu":
-        for threads in sorted({1, max(1, now // 2)} - {now}):
-            yield {"compute.threads": threads}
+    fewer = sorted({1, max(1, now // 2)} - {now}) if made.device.type == "cpu" else []
+    for threads in fewer:
+        yield {"compute.threads": threads}
+    for threads in [*fewer, now]:  # what is best for eager steps need not be so
+        yield {"compute.compile": "on", "compute.threads": threads}
     if isinstance(recipe.data, KeyedSource):
         for workers in sorted({1, now, 2 * now}):
             yield {"data.workers": workers}

@@ -1,5 +1,6 @@
 """Compiled steps taken in laps, by a thread that never needs Python's lock, are the steps they would be."""
 
+import logging
 import math
 import os
 import random
@@ -297,3 +298,30 @@ def test_a_run_in_laps_that_is_killed_and_stopped_ends_with_the_bits_of_one_that
     for name in set(columns[0]) - set(timed):
         np.testing.assert_array_equal(*(log[name] for log in columns), err_msg=name)
     assert newest_step(tmp_path / "parts") == len(columns[0]["step"])
+
+
+class Decomposed(torch.nn.Module):
+    """With operations for which torch's C++ takes a way of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(8, 4), torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        weight = self.first.weight
+        return self.last(self.first(x) @ torch.linalg.cholesky(weight @ weight.T + torch.eye(4)))
+
+
+def test_torch_does_not_tell_how_it_calls_an_operation(tmp_path):
+    told, log = [], logging.getLogger("torch._inductor.ir")
+    handler = logging.Handler()
+    handler.emit = told.append
+    log.addHandler(handler)
+    try:
+        with torch._inductor.config.patch(fx_graph_cache=False):
+            _, built = run(recipe(model=Decomposed), tmp_path / "run", COMPILED)
+    finally:
+        log.removeHandler(handler)
+    assert built.run.graph is not None
+    assert not told
+    assert not log.filters

@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from turns import by_update, in_process, in_turns, ratio
 from workloads import WORKLOADS
@@ -108,7 +107,7 @@ def measure(pair: str, turns: int, threads: int | None, *, reverse: bool) -> dic
     with tempfile.TemporaryDirectory() as folder:
         modes = PAIRS[pair][::-1] if reverse else PAIRS[pair]
         runs = {mode: updates(workload, mode, compiled, f"{folder}/{mode}", threads) for mode in modes}
-        threads = torch.get_num_threads()
+        threads = RunFolder(f"{folder}/{PAIRS[pair][0]}").identity()["environment"]["threads"]
         times = in_turns(runs, steps=steps, turns=turns)
     medians = {mode: statistics.median(values) for mode, values in times.items()}
     return {"threads": threads, "us_per_update": medians, "ratio": ratio(times, *PAIRS[pair])}

@@ -10,7 +10,8 @@ Contenders, each in a process of its own, in interleaved rounds; medians, and ra
 * ``surefoot``: the loop of `surefoot.fit` at its defaults: shuffled, a row per step, clipping, schedule,
   permission, ledger;
 * ``surefoot-fused``: the same with ``fused=True`` in the recipe's optimizer;
-* ``surefoot-compiled``: the same with ``compute.compile = on``, at the start of a run of a million updates;
+* ``surefoot-compiled``: the same with ``compute.compile = on``, at the start of a run of a million updates,
+  with the threads that surefoot chooses of these;
 * ``surefoot-tuned``: with what `tune compute` finds on the workload;
 * ``surefoot-bf16``: with ``precision="bf16"``: another recipe, not a faster way to do the same.
 

@@ -2,9 +2,10 @@
 
     python benchmarks/threads.py [--rounds 3] [--out benchmarks/results/threads.json]
 
-It is what the rule of `surefoot.choice` rests on: where no kernel of a forward pass has more than about two
-million floating-point operations, one thread is quicker, or not much slower. Each measurement in a process
-of its own, in interleaved rounds; medians of microseconds per update.
+It is what the rule of `surefoot.choice` rests on: where no kernel of a forward pass has more than 2^21
+floating-point operations, or 2^16 elements, and there are no more weights, one thread is quicker, or not
+much slower. Each measurement in a process of its own, in interleaved rounds; medians of microseconds per
+update.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from turns import Window, by_update, in_process
 import surefoot as sf
 from surefoot.api import run_steps
 from surefoot.build import build
+from surefoot.choice import SHORT, SMALL
 from surefoot.prepare import prepare
 from surefoot.record.folder import RunFolder
 from surefoot.trials import Trial
@@ -60,6 +62,19 @@ def mlp(*widths: int) -> Callable[[], nn.Module]:
     return model
 
 
+class Elementwise(nn.Module):
+    """A small layer behind functions of each element."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.norm, self.last = nn.LayerNorm(features), nn.Linear(features, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        logits: Tensor = self.last(self.norm(torch.tanh(self.norm(torch.tanh(x)))))
+        return logits
+
+
 def conv(channels: int) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(
         nn.Conv2d(1, channels, 3, stride=2), nn.ReLU(), nn.Conv2d(channels, channels, 3, stride=2),
@@ -74,6 +89,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "mlp 3 x 128": (mlp(128, 128, 128, 128, 10), (128,), 64),
     "mlp 3 x 192": (mlp(192, 192, 192, 192, 10), (192,), 64),
     "mlp 8-16-16-10, batch 1024": (mlp(8, 16, 16, 10), (8,), 1024),
+    "mlp 256-64-256-64-10": (mlp(256, 64, 256, 64, 10), (256,), 64),
+    "mlp 512-64-512-64-10": (mlp(512, 64, 512, 64, 10), (512,), 32),
+    "tanh and norm, 64 x 256": (lambda: Elementwise(256), (256,), 64),
+    "tanh and norm, 256 x 256": (lambda: Elementwise(256), (256,), 256),
+    "tanh and norm, 1024 x 256": (lambda: Elementwise(256), (256,), 1024),
     "conv 4": (conv(4), (1, 28, 28), 64),
     "conv 8": (conv(8), (1, 28, 28), 64),
     "attention 16": (lambda: Attention(16), (), 16),
@@ -101,15 +121,18 @@ def main() -> None:
                 one = in_process(__file__, "--one", name, str(threads))
                 found[threads].append(one["us"])
         medians = {threads: statistics.median(times) for threads, times in found.items()}
-        results.append({"model": name, "most_operations": one["most"], "us": medians, "rounds": found})
+        del one["us"]
+        results.append({"model": name, **one, "us": medians, "rounds": found})
         told = ", ".join(f"{us:.0f} us with {threads}" for threads, us in medians.items())
-        print(f"{name}: at most {one['most'] / 1e6:.1f} million operations; {told}", flush=True)
+        rule = "one" if one["most"] <= SHORT and max(one["elements"], one["weights"]) <= SMALL else "all"
+        size = "at most {most:,} operations, {elements:,} elements, {weights:,} weights".format(**one)
+        print(f"{name}: {told}; by the rule {rule}; {size}", flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def measure(name: str, threads: int) -> dict[str, float]:
-    """us: microseconds per update. most: floating-point operations of a kernel."""
+    """us: microseconds per update. most, elements: see `surefoot.work.Work`."""
     model, shape, batch = MODELS[name]
     torch.manual_seed(0)
     x = torch.randn(20_000, *shape) if shape else torch.randint(50, (20_000, 16))
@@ -137,7 +160,8 @@ def measure(name: str, threads: int) -> dict[str, float]:
         while not window.tick():
             next(run)
         run.close()  # type: ignore[attr-defined]
-    return {"us": window.us, "most": counted.most}
+    weights = sum(p.numel() for p in made.parts.params)
+    return {"us": window.us, "most": counted.most, "elements": counted.elements, "weights": weights}
 
 
 if __name__ == "__main__":

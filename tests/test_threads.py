@@ -1,5 +1,8 @@
 """How many threads torch's kernels have: a rule for compiled steps. The caller's code has its own."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,18 +13,20 @@ import surefoot as sf
 from surefoot.build import build
 from surefoot.choice import SHORT, SMALL
 from surefoot.errors import OperationsError, SurefootError
+from surefoot.laps import Laps
 from surefoot.operations import Operations
 from surefoot.prepare import prepare
 from surefoot.record.events import read_events
 from surefoot.record.folder import RunFolder
 from surefoot.trials import Trial
+from surefoot.tune.compute import _alternatives
 from surefoot.work import count
 
 FEATURES = 512
 
 
 def large():
-    return nn.Linear(FEATURES, 128)  # of 32 rows: 2 * 32 * 512 * 128 operations
+    return nn.Linear(FEATURES, 96)  # of 32 rows: 2 * 32 * 512 * 96 operations
 
 
 def not_so_large():
@@ -39,17 +44,8 @@ class Forward(nn.Module):
         return self.last(self.of(x))
 
 
-class Weights(nn.Module):
-    """Many small layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(FEATURES, 96), nn.Linear(96, 3)
-        self.rest = nn.ModuleList(nn.Linear(96, 96) for _ in range(2))
-
-    def forward(self, x):
-        x = self.first(x)
-        return self.last(self.rest[1](self.rest[0](x)))
+def many_weights():
+    return nn.Sequential(nn.Linear(FEATURES, 64), nn.Linear(64, FEATURES), nn.Linear(FEATURES, 3))
 
 
 def elementwise():
@@ -60,6 +56,18 @@ def attention():
     def attend(x):
         x = x.unflatten(1, (1, 64, 8))
         return F.scaled_dot_product_attention(x, x, x).flatten(1)
+
+    return Forward(attend)
+
+
+def derivative():
+    """What a gradient penalty does."""
+
+    def attend(x):
+        of = x.unflatten(1, (1, 64, 8)).detach().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(F.scaled_dot_product_attention(of, of, of).sum(), of)
+        return gradient.flatten(1)
 
     return Forward(attend)
 
@@ -75,9 +83,11 @@ def uncountable():
 def two_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield
-    assert torch.get_num_threads() == 2
-    torch.set_num_threads(before)
+    try:
+        yield
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def ops(compile="on", **more):
@@ -108,7 +118,7 @@ def counted(model):
         (large, ops(), 2),
         (not_so_large, ops(threads=2), 2),
         (not_so_large, ops("off"), 2),
-        (Weights, ops(), 2),
+        (many_weights, ops(), 2),
         (elementwise, ops(), 2),
     ],
     ids=["short", "long", "asked for", "eager", "weights", "elementwise"],
@@ -122,11 +132,15 @@ def test_kernels_that_are_short_have_one_thread_in_a_compiled_step(tmp_path, mod
 
 def test_what_is_counted():
     assert counted(not_so_large).most == SHORT
-    assert counted(large).most == 2 * SHORT
+    assert counted(large).most == 1.5 * SHORT
+    assert sum(p.numel() for p in large().parameters()) < SMALL
+    assert counted(many_weights).most == SHORT
+    assert counted(many_weights).elements < SMALL < sum(p.numel() for p in many_weights().parameters())
     assert counted(not_so_large).elements == FEATURES * 64
     assert counted(elementwise).elements == 8 * 32 * FEATURES > SMALL
     assert counted(elementwise).most < SHORT
     assert counted(attention).most == 2 * 2 * 32 * 64 * 64 * 8 > SHORT
+    assert counted(derivative).most == 5 * 2 * 32 * 64 * 64 * 8
     assert "cond" in counted(uncountable)
 
 
@@ -209,6 +223,34 @@ def test_runs_whose_steps_are_taken_in_turns_have_each_their_own_threads(tmp_pat
     assert len(list(b)) == 6
     assert set(seen["a"]) == {1}
     assert set(seen["b"]) == {2}
+
+
+def test_laps_go_on_beside_python_where_the_caller_has_two_threads(tmp_path, monkeypatch):
+    """And a validation has the run's number, too."""
+    begin, beside, seen = Laps.begin, [], []
+
+    def begun(laps, *of):
+        beside.append(laps.goes_on_meanwhile)
+        return begin(laps, *of)
+
+    def accuracy(model, data):
+        seen.append(torch.get_num_threads())
+        return (model(data[0]).argmax(1) == data[1]).float()
+
+    monkeypatch.setattr(Laps, "begin", begun)
+    validation = sf.Validation(sf.Arrays(*blobs(features=FEATURES)), {"accuracy": accuracy}, every=100)
+    sf.fit(wide(until=200, validation=validation), out=tmp_path / "run", operations=ops())
+    assert beside
+    assert all(beside) == (len(os.sched_getaffinity(0)) > 1)
+    assert set(seen[1:]) == {1}  # the first is tried out before there is a choice
+
+
+def test_alternatives_are_each_number_of_threads_eager_and_compiled():
+    made = SimpleNamespace(model=nn.Linear(1, 1), device=torch.device("cpu"))
+    found = list(_alternatives(recipe(), made))
+    compiled = [one["compute.threads"] for one in found if one.get("compute.compile") == "on"]
+    assert [one["compute.threads"] for one in found if "compute.compile" not in one] == [2, 1]
+    assert compiled == [1, 2]
 
 
 class Unbuildable(nn.Module):

@@ -25,6 +25,7 @@ from surefoot.heal import REMEMBERED, Row
 from surefoot.keep import Keeper
 from surefoot.measure.profile import Profile
 from surefoot.operations import Operations, seconds
+from surefoot.parallel.device import set_threads
 from surefoot.prepare import check_kinds, prepare
 from surefoot.protocols import KeyedSource
 from surefoot.recipe import Recipe
@@ -78,7 +79,7 @@ def build(
         with stacks_if_stuck(seconds(operations.hang_after, name="hang_after")):
             return _build(recipe, folder, operations, origin, fresh)
     finally:
-        torch.set_num_threads(threads)
+        set_threads(threads)
 
 
 def _build(

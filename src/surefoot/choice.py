@@ -23,6 +23,7 @@ from surefoot.captured import Captured
 from surefoot.compiled import forget_failed_traces, with_own_code
 from surefoot.errors import OperationsError, SurefootError
 from surefoot.graph import Graph, form
+from surefoot.parallel.device import set_threads
 from surefoot.passes import probe
 from surefoot.protocols import Objective
 from surefoot.train_step import pieces_of
@@ -128,12 +129,12 @@ def choose(q: Question) -> Choice:
     before, few = torch.get_num_threads(), ""
     if not why_not:
         threads, few = _threads(q)
-        torch.set_num_threads(threads)
+        set_threads(threads)
         graph, why_not = compiled_step(q.trial)
     if graph is not None:
         took = f"{time.perf_counter() - begun:.1f} s"
         return Choice("step", f"compiled: the whole step is one function, made in {took}{few}", graph)
-    torch.set_num_threads(before)
+    set_threads(before)
     if q.before == "step":
         raise OperationsError(
             f"the steps of this run were compiled, and cannot be here: {why_not}",

@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from threading import get_ident
 from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakSet, finalize, ref
@@ -185,9 +186,10 @@ def _hooks_on_saved_tensors_stay() -> Iterator[None]:
 @contextmanager
 def _no_word_of_shims() -> Iterator[None]:
     """Torch warns of each operation that its C++ calls in another way than most."""
+    here = get_ident()
 
     def is_of_use(record: logging.LogRecord) -> bool:
-        return "c-shim" not in str(record.msg)
+        return record.thread != here or "c-shim" not in str(record.msg)
 
     log = logging.getLogger("torch._inductor.ir")
     log.addFilter(is_of_use)

@@ -22,6 +22,7 @@
 
 namespace at {
 int get_num_threads();
+void set_num_threads(int);
 }
 
 namespace {
@@ -68,7 +69,7 @@ struct Conditions {
     void take_over() const {
         std::fesetenv(&rounding);
         at::get_num_threads();  // of a new thread torch sets it when it is first asked for
-        if (omp_get_max_threads() != num_threads) omp_set_num_threads(num_threads);
+        if (omp_get_max_threads() != num_threads) at::set_num_threads(num_threads);  // MKL's, too
     }
 };
 

@@ -40,6 +40,7 @@ from surefoot.guard.stop import Stop
 from surefoot.heal import EVERY, SELDOM, LetBe, Row, StopAskedError
 from surefoot.keep import Keeper
 from surefoot.measure.profile import Profile, phase
+from surefoot.parallel.device import set_threads
 from surefoot.record.recorder import Recorder
 from surefoot.stopping import Budget, NoLongerWaiting, signals_ask
 from surefoot.types import Outcome, leaves
@@ -53,8 +54,8 @@ class Run(Course):
     """A run, ready to go on: what `build` joins from a recipe and operations.
 
     fresh: nothing of it was kept before. hang_after_s: without a step or a batch of validation, after
-    which the threads' stacks are written down. threads: for torch's kernels in its steps, and what the
-    caller has between them. keeps_samples: the batch in which an incident began goes into its bundle.
+    which the threads' stacks are written down. threads: for torch's kernels while it takes steps;
+    callers_threads: between them. keeps_samples: the batch in which an incident began goes into its bundle.
     profile: of its first steps.
     """
 
@@ -98,7 +99,7 @@ def steps(run: Run) -> Generator[Outcome, None, None]:
     run.stop.grace_s, run.stop.give_up = run.keeper.deadline_s, lambda: _give_up(run)
     run.callers_threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(run.threads)
+        set_threads(run.threads)
         with callers_generators(), signals_ask(run.stop), _watched(run):
             run.status = yield from _attempt(run)
             _end(run)
@@ -118,20 +119,20 @@ def steps(run: Run) -> Generator[Outcome, None, None]:
         _fail(run, error)
         raise
     finally:  # the process is the caller's
+        set_threads(run.callers_threads)
         run.keeper.writer.close()
-        torch.set_num_threads(run.callers_threads)
 
 
 def _told(run: Run, outcome: Outcome) -> Generator[Outcome, None, None]:
-    """Hands an outcome out. The number of threads is the process's: the body, and another run whose steps
-    are taken in turns with these, has its own.
+    """Hands an outcome out. The body, and another run whose steps are taken in turns with these, has a
+    number of threads of its own.
     """
-    torch.set_num_threads(run.callers_threads)
+    set_threads(run.callers_threads)
     try:
         yield outcome
     finally:
         run.callers_threads = torch.get_num_threads()
-        torch.set_num_threads(run.threads)
+        set_threads(run.threads)
 
 
 def _attempt(run: Run) -> Generator[Outcome, None, str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from surefoot.compiled import forget_failed_traces
 from surefoot.errors import SurefootError
@@ -23,17 +23,24 @@ def _of_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any)
     return num
 
 
+def _of_its_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    shapes = grad.shape, query.shape, key.shape, value.shape
+    num: int = sdpa_backward_flop_count(*shapes)  # type: ignore[no-untyped-call]
+    return num
+
+
 _MISSING: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _of_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _of_its_backward,
 }
 """In torch's table (2.13)."""
 
 
 class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts floating-point operations: total, and most, of a single kernel; and elements, those of the
-    largest tensor that one reads or writes, since torch's table has no entry for what takes but a few
-    operations for each. Torch's own counter hooks into autograd to tell modules apart, and so fails where a
-    forward pass takes a derivative, as a gradient penalty does.
+    largest tensor that one reads or writes, all of it or not: torch's table has no entry for what takes but
+    a few operations for each. Torch's own counter hooks into autograd to tell modules apart, and so fails
+    where a forward pass takes a derivative, as a gradient penalty does.
     """
 
     supports_higher_order_operators = True  # that is, it is asked about them

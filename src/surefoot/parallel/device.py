@@ -19,7 +19,7 @@ def choose_device(name: str, *, threads: int | None, deterministic: bool) -> tor
         OperationsError: there is no such device here.
     """
     if threads is not None:
-        torch.set_num_threads(threads)
+        set_threads(threads)
     if name == "auto":
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     else:
@@ -46,6 +46,12 @@ def choose_device(name: str, *, threads: int | None, deterministic: bool) -> tor
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.backends.cudnn.benchmark = False
     return device
+
+
+def set_threads(num: int) -> None:
+    """Gives torch's kernels that many threads, if they have not: that also empties a cache of kernels."""
+    if torch.get_num_threads() != num:
+        torch.set_num_threads(num)
 
 
 class Kernels:

@@ -253,6 +253,45 @@ def test_a_process_and_its_fork_can_end_while_laps_are_under_way(tmp_path):
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "left"), done.stderr
 
 
+OTHERS_NUMBER = """
+import os, sys, threading
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+from conftest import blobs, recipe
+from torch import nn
+import surefoot as sf
+from surefoot.api import run_steps
+from surefoot.build import build
+from surefoot.operations import Operations
+from surefoot.record.folder import RunFolder
+
+def num_threads():
+    return len(os.listdir("/proc/self/task"))
+
+assert torch.get_num_threads() == 1  # conftest's; from now on it is this thread's
+other = threading.Thread(target=torch.set_num_threads, args=(2,))
+other.start(), other.join()
+model = lambda: nn.Sequential(
+    nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 3)
+)
+wide = recipe(model=model, data=sf.Arrays(*blobs(n=2048, features=256)), batch=sf.Batch(256), until=200)
+built = build(wide, RunFolder(Path({out!r})), Operations(compute={{"compile": "on"}}, progress="off"))
+before, most = num_threads(), 0
+for _ in run_steps(built):
+    most = max(most, num_threads())
+print(most - before)
+"""
+
+
+def test_kernels_in_laps_have_the_runs_number_of_threads_whatever_another_thread_has(tmp_path):
+    """MKL's, too: it begins no threads of its own."""
+    script = OTHERS_NUMBER.format(tests=str(ROOT / "tests"), out=str(tmp_path / "run"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) <= 3  # that of laps, and of checkpoints
+
+
 @pytest.mark.parametrize(
     "code",
     [

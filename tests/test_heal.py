@@ -558,6 +558,29 @@ def test_bad_samples_are_named_and_few_others(tmp_path, seed):
     assert sf.open_run(done.run_dir).verify() == []
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_of_bad_samples_of_three_kinds_those_that_do_harm_are_named(tmp_path, seed):
+    """A block in which nothing but labels is wrong does no harm, and need not be named."""
+    x, y = mixture(7 + seed, 5000)
+    calm = sf.fit(with_data(base(seed, sf.Guard()), x, y, "6ep"), out=tmp_path / "clean")
+    nan, large = np.split(np.random.default_rng(seed).permutation(4900)[:13], [7])
+    block = np.arange(4900, 4907)
+    x, y = x.copy(), y.copy()
+    x[nan, 3] = np.nan
+    x[large] *= 1e4
+    y[block] = (y[block] + 5) % 10
+    wrong = calm.model(torch.tensor(x[large])).argmax(1).numpy() != y[large]
+    harmful = {*nan.tolist(), *large[wrong].tolist()}
+    done = sf.fit(with_data(base(seed, sf.Guard()), x, y, "6ep"), out=tmp_path / "run")
+    found = set(sf.open_run(done.run_dir).summary()["quarantined"])
+    assert len(found & harmful) >= 0.9 * len(harmful)
+    assert len(found - {*nan.tolist(), *large.tolist(), *block.tolist()}) <= 5
+    assert done.status == "finished"
+    assert done.metrics["accuracy"] >= 0.99 * calm.metrics["accuracy"]
+    off = sf.fit(with_data(base(seed, sf.Guard("off")), x, y, "6ep"), out=tmp_path / "off")
+    assert off.status == "diverged"
+
+
 @pytest.mark.parametrize(
     ("losses", "usual"),
     [

@@ -508,7 +508,16 @@ def never_killed(tmp_path_factory):
 def assert_killed_alike(path, seed, kills, never_killed):
     assert killed_run(path, random.Random(seed), kills) >= 3
     told = sf.open_run(path).summary()
-    for name in ("status", "step", "samples", "interventions", "quarantined", "digest", "ledger"):
+    for name in (
+        "status",
+        "step",
+        "samples",
+        "interventions",
+        "quarantined",
+        "digest",
+        "ledger",
+        "lineage",
+    ):
         assert told[name] == never_killed[name], name
     assert sf.open_run(path).verify() == []
 

@@ -177,8 +177,7 @@ class Healer:
                     found = self.store.load(checkpoint)
                 except StateError:
                     continue
-                then = History.from_json(found.facts["stateful"]["guard"].get("history", {}))
-                if then.leads_to(history, checkpoint.step):
+                if History.of(found.facts).leads_to(history, checkpoint.step):
                     return found
         return self.memory[at].copy() if at >= 0 else self.initial()
 

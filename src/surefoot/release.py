@@ -12,6 +12,7 @@ from surefoot.errors import RunDirectoryError
 from surefoot.guard.history import History, Intervention
 from surefoot.identity import digest_of
 from surefoot.record.folder import RunFolder
+from surefoot.record.ledger import Ledger
 from surefoot.record.recorder import Recorder
 from surefoot.resume import TERMINAL, fences, newest_sound
 from surefoot.run import RunView
@@ -58,7 +59,7 @@ def release(path: str | Path, ids: Sequence[int] | None = None) -> tuple[list[in
         )
         checkpoint, snapshot = newest_sound(store)
         guard = dict(snapshot.facts["stateful"]["guard"])
-        history = History.from_json(guard.get("history", {}))
+        history = History.of(snapshot.facts)
         left_out = history.quarantined(checkpoint.step)
         wanted = left_out if ids is None else sorted(set(ids))
         unknown = [i for i in wanted if i not in left_out]
@@ -74,9 +75,13 @@ def release(path: str | Path, ids: Sequence[int] | None = None) -> tuple[list[in
         history = history.with_(one)
         guard["history"] = history.to_json()
         stateful = {**snapshot.facts["stateful"], "guard": guard}
+        ledger, logged = Ledger.of(snapshot.facts), int(view.log()["step"].max(initial=-1)) + 1
+        again = ledger.branches[-1:] and ledger.branches[-1][:2] == (logged, checkpoint.step)
+        if logged > checkpoint.step and not again:  # rows from there on were made without these samples
+            ledger = ledger.back_to(checkpoint.step, ledger.value, left=logged)
         changed = replace(
             snapshot,
-            facts={**snapshot.facts, "stateful": stateful},
+            facts={**snapshot.facts, "stateful": stateful, **ledger.to_json()},
             metrics=checkpoint.manifest().get("metrics", {}),
         )
         record = Recorder(folder, lock, attempt=attempt)

@@ -17,9 +17,9 @@ from surefoot.guard.history import History
 from surefoot.record.columns import Columns, lineage
 from surefoot.record.events import Event, event_lineage, read_events
 from surefoot.record.folder import RunFolder
-from surefoot.record.ledger import Ledger
+from surefoot.record.ledger import begins_of_segments, branches_of, ledgers, segments
 from surefoot.record.rows import check_log, read_log
-from surefoot.types import HOLE
+from surefoot.types import HOLE, Ids
 
 
 class Finding(NamedTuple):
@@ -103,7 +103,8 @@ class RunView:
         step, samples, epoch: how far the log goes; epoch counts epochs done, with a fraction.
         metrics: name to last value; ``train_loss`` is the last row's. interventions: refused updates and
         rollbacks. quarantined: ids of samples left out, as of the newest checkpoint.
-        digest, ledger: of the newest checkpoint, which may lie before `step`.
+        digest, ledger: of the newest checkpoint, which may lie before `step`. lineage: its segments, of
+        which a rollback begins a new one; see `surefoot.record.ledger.Segment`.
         """
         log, everything = self.log(), self.events(all_events=True)
         events = event_lineage(everything)
@@ -116,7 +117,7 @@ class RunView:
                 metrics |= {name: float(value) for name, value in event["metrics"].items()}
         kept = self.checkpoints()
         facts = _facts(kept[-1]) if kept else {}
-        history = _history(facts)
+        history = History.of(facts)
         everything_logged = self.log(all_rows=True)
         cost = float(everything_logged["cost"].sum())
         epochs = self.plan.epochs(step)
@@ -135,6 +136,7 @@ class RunView:
             "quarantined": history.quarantined(step),
             "digest": facts.get("digest"),
             "ledger": facts.get("ledger"),
+            "lineage": [segment._asdict() for segment in segments(branches_of(facts))],
             "checkpoint_step": kept[-1].step if kept else None,
             "attempts": max((e["attempt"] for e in everything), default=0),
             "train_s": round(float(log["step_s"].sum()), 3),
@@ -148,7 +150,7 @@ class RunView:
     def history(self) -> History:
         """What the guard has done, as of the newest checkpoint."""
         kept = self.checkpoints()
-        return _history(_facts(kept[-1]) if kept else {})
+        return History.of(_facts(kept[-1]) if kept else {})
 
     def verify(self) -> list[Finding]:
         """Checks every byte of every checkpoint, the ledger, the log and the events.
@@ -188,13 +190,10 @@ class RunView:
             ]
             if damage:
                 continue
-            then = _history(facts)
+            then = History.of(facts)
             if not then.leads_to(history, checkpoint.step):
                 continue  # the run went back to before it, and the log has what came then
-            ledger, told = facts["ledger"], self._ledger_at(checkpoint.step, log, then)
-            if told != ledger:
-                what = f"the ledger is {ledger[:12]}..., but plan and log give {told and told[:12]}..."
-                findings.append(Finding(name, what))
+            findings += [Finding(name, what) for what in self._ledger_findings(checkpoint.step, facts, log)]
         return findings
 
     def _missing(self, events: list[Event]) -> list[Finding]:
@@ -209,28 +208,29 @@ class RunView:
             return []
         return [Finding(f"checkpoints/{names[-1]}", "the newest checkpoint is missing")]
 
-    def _ledger_at(self, step: int, log: Columns, history: History) -> str | None:
-        """The ledger after `step` attempted updates, made again from plan and log."""
-        steps, permitted = log["step"].tolist(), log["permitted"].tolist()
-        if steps[:step] != list(range(step)):
-            return None
-        ledger = Ledger()
-        for t in range(step):
-            if permitted[t]:
-                ids = self.plan.ids(t)
-                holes = history.holes(t, ids)
-                ledger.extend(t, ids if holes is None else np.where(holes, HOLE, ids))
-        return ledger.value
+    def _ledger_findings(self, step: int, facts: dict[str, Any], log: Columns) -> list[str]:
+        """What a state after `step` updates says of ledgers that plan and log do not give."""
+        history = History.of(facts)
+
+        def ids(t: int) -> Ids:
+            planned = self.plan.ids(t)
+            holes = history.holes(t, planned)
+            return planned if holes is None else np.where(holes, HOLE, planned)
+
+        told = [("the ledger", step, str(facts["ledger"])), *begins_of_segments(facts)]
+        whole = int((log["step"] == np.arange(len(log["step"]))).sum())  # after a gap none is in its place
+        made = ledgers({at for _, at, _ in told}, ids, log["permitted"][:whole].tolist())
+        return [
+            f"{what} is {ledger[:12]}..., but plan and log give {made.get(at, 'none')[:12]}..."
+            for what, at, ledger in told
+            if made.get(at) != ledger
+        ]
 
 
 def _num_refused(log: Columns) -> int:
     """Updates that were refused for what they were, not sat out."""
     refused = ~log["permitted"]
     return int((refused & (log["verdict"] != SAT_OUT)).sum() if "verdict" in log else refused.sum())
-
-
-def _history(facts: dict[str, Any]) -> History:
-    return History.from_json(facts.get("stateful", {}).get("guard", {}).get("history", {}))
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class RunState:
         optimizer: dict[str, Tensor] = {}
         facts = {
             "counters": {name: getattr(self, name) for name in self.COUNTERS} | {"metrics": metrics},
-            "ledger": self.ledger.value,
+            **self.ledger.to_json(),
             "aliases": aliases,
             "extra": extra,
             "optimizer": flatten(self._optimizer_state(), "", optimizer),
@@ -155,7 +155,7 @@ class RunState:
                 part.load_state_dict(facts["stateful"][name])
         for name, value in facts["counters"].items():
             setattr(self, name, value)
-        self.ledger = Ledger(facts["ledger"])
+        self.ledger = Ledger.of(facts)
 
     def _stateful(self) -> dict[str, LossScale | Watch | Patience | None]:
         return {

@@ -238,7 +238,7 @@ def _heal(run: Run, alarm: Alarm) -> str:
     guard = run.parts.guard
     run.keeper.settle()
     seen = {"step": alarm.step + 1, "detector": alarm.detector, "reason": alarm.reason}
-    whole = run.state.snapshot().copy()
+    whole, left = run.state.snapshot().copy(), run.state.ledger
 
     def again(until: int, rows: list[Row] | None = None, *, known: bool = False) -> Alarm | Stop | None:
         return replay(run, until, [] if rows is None else rows, known=known)
@@ -256,6 +256,9 @@ def _heal(run: Run, alarm: Alarm) -> str:
         run.told.event("alarm", **seen | {"reason": done.reason}, **why)
         return ""
     guard.pending = None
+    given_up, now = left.value, run.state.ledger.value
+    if run.state.ledger is not left:  # the run went back
+        run.state.ledger = left.back_to(run.state.step, now, left=alarm.step + 1)
     if isinstance(done, Stop):
         bundle = run.told.event("diverged", step=run.state.step, reason=done.reason, fix=done.fix)
         _keep_samples(run, bundle, alarm.onset)
@@ -263,7 +266,8 @@ def _heal(run: Run, alarm: Alarm) -> str:
     if "at" not in done:  # the run goes on from where it is
         run.told.event("borne", **done, interventions=guard.history.num_decided)
         return ""
-    bundle = run.told.event("rolled_back", **done, interventions=guard.history.num_decided)
+    done |= {"ledger": now, "given_up": given_up, "interventions": guard.history.num_decided}
+    bundle = run.told.event("rolled_back", **done)
     _keep_samples(run, bundle, alarm.onset)
     run.keeper.went_back()
     return ""

@@ -21,6 +21,9 @@ _COLORS = {
 }
 
 
+_SEGMENTS = 8  # of a lineage, the newest
+
+
 def print_json(value: Any) -> None:
     """Prints JSON; numbers that are not finite become null, as JSON has none."""
     sys.stdout.write(json.dumps(strict(value), indent=2) + "\n")
@@ -63,6 +66,9 @@ def run(summary: Mapping[str, Any], identity: Mapping[str, Any]) -> RenderableTy
     table.add_row("checkpoint", "none yet" if kept is None else f"at step {kept:,}")
     table.add_row("digest", summary["digest"] or "-")
     table.add_row("ledger", summary["ledger"] or "-")
+    lineage = summary["lineage"] if len(summary["lineage"]) > 1 else []
+    for number, segment in enumerate(lineage[-_SEGMENTS:]):
+        table.add_row("" if number else "lineage", _segment(segment))
     options = identity.get("origin", {}).get("options", {})
     if options:
         table.add_row("options", " ".join(f"{k}={v}" for k, v in options.items()))
@@ -73,6 +79,16 @@ def run(summary: Mapping[str, Any], identity: Mapping[str, Any]) -> RenderableTy
         facts.append(f"compiled {environment['compiled']}")
     table.add_row("environment", ", ".join(facts))
     return Group(Text(summary["run"], style="bold"), table)
+
+
+def _segment(segment: Mapping[str, Any]) -> str:
+    """A segment of a lineage. Steps are counted from 0."""
+    begins, ends, kept = segment["begins"], segment["ends"], segment["kept"]
+    ledger = f"; ledger there {segment['ledger'][:12]}" if begins else ""
+    if ends is None:
+        return f"from step {begins:,} on{ledger}"
+    given_up = "given up" if kept == begins else f"given up from step {kept:,} on"
+    return f"steps {begins:,} to {ends - 1:,}, {given_up}{ledger}"
 
 
 def runs(summaries: Sequence[Mapping[str, Any]]) -> Table:

@@ -8,6 +8,7 @@ lie before an intervention sees nothing of it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -159,6 +160,11 @@ class History:
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
         return {"decided": self.num_decided, "list": [[*i[:4], list(i.ids)] for i in self.interventions]}
+
+    @staticmethod
+    def of(facts: Mapping[str, Any]) -> History:
+        """That of a state, of its JSON part; an empty one if that does not tell."""
+        return History.from_json(facts.get("stateful", {}).get("guard", {}).get("history", {}))
 
     @staticmethod
     def from_json(kept: dict[str, Any]) -> History:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from guard import updates
 from torch import Tensor
-from turns import in_turns
+from turns import advance, in_turns
 
 from surefoot.compiled import Compiled
 
@@ -41,8 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         runs = {mode: updates("mlp", mode, "on", f"{folder}/{mode}") for mode in MODES}
         for run in runs.values():
-            for _ in range(WARM):
-                next(run)
+            advance(run, 0, WARM)
         Compiled.again = without_kernels()  # type: ignore[method-assign]
         times = in_turns(runs, steps=STEPS, turns=arguments.turns)
     found = {

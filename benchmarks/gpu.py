@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from loop import recipe_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from turns import by_update, ratio
+from turns import advance, num_done, ratio
 from workloads import WORKLOADS, Block, torch_optimizer
 
 import surefoot as sf
@@ -72,19 +72,18 @@ def in_turns(
 ) -> dict[str, list[float]]:
     """Microseconds per step of each contender in each turn."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    done = dict.fromkeys(contenders, 0)
     for name, contender in contenders.items():
         kernels_for(name)
-        for _ in range(warm):
-            next(contender)
+        done[name] = advance(contender, 0, warm)
     for turn in range(turns):
         for name in list(contenders)[:: -1 if turn % 2 else 1]:
             kernels_for(name)
             torch.cuda.synchronize()
-            begun = time.perf_counter()
-            for _ in range(steps):
-                next(contenders[name])
+            first, begun = done[name], time.perf_counter()
+            done[name] = advance(contenders[name], first, steps)
             torch.cuda.synchronize()
-            times[name].append(1e6 * (time.perf_counter() - begun) / steps)
+            times[name].append(1e6 * (time.perf_counter() - begun) / (done[name] - first))
     for contender in contenders.values():
         if hasattr(contender, "close"):
             contender.close()
@@ -149,13 +148,13 @@ def bare(w: Any) -> Iterator[None]:
             yield
 
 
-def surefoot(recipe: sf.Recipe, compiled: str, *, deterministic: bool = True) -> Iterator[None]:
+def surefoot(recipe: sf.Recipe, compiled: str, *, deterministic: bool = True) -> Iterator[int]:
     compute = {"compile": compiled, "deterministic": deterministic}
     operations = sf.Operations(device="cuda", compute=compute, checkpoint={"every": "1h"})
     with tempfile.TemporaryDirectory() as folder:
         built = build(recipe, RunFolder(f"{folder}/run"), operations)
         print(*built.notes, sep="\n", flush=True)
-        yield from by_update(run_steps(built))
+        yield from num_done(run_steps(built))
         raise AssertionError(f"the run ended: {sf.open_run(f'{folder}/run').events()[-3:]}")
 
 

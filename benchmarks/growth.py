@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from turns import by_update, in_process, in_turns, ratio
+from turns import in_process, in_turns, num_done, ratio
 
 import surefoot as sf
 from surefoot.api import run_steps
@@ -112,7 +112,7 @@ def started(
     operations = sf.Operations(compute={"compile": "off", "threads": 1})
     folder = tempfile.TemporaryDirectory()
     begun = time.perf_counter()
-    run = by_update(run_steps(build(recipe, RunFolder(f"{folder.name}/run"), operations)))
+    run = num_done(run_steps(build(recipe, RunFolder(f"{folder.name}/run"), operations)))
     next(run)
     start_s = time.perf_counter() - begun
 

@@ -11,7 +11,8 @@ neighbouring turns:
 * ``mlp-compiled``, ``cnn-compiled``, ``gpt-compiled``, ``normed-compiled``: the same, compiled;
 * ``mlp-adds``, ``cnn-adds``, ``gpt-adds``: a compiled run with guard, log and ledger beside the same
   compiled updates, fed and at the same rates, with none of these;
-* ``mlp-same``, ``mlp-compiled-same``: ``Guard("off")`` beside itself: what of such ratios is noise.
+* ``mlp-same``, ``mlp-compiled-same``: ``Guard("off")`` beside itself, and ``cnn-adds-same``,
+  ``gpt-adds-same``: compiled updates that nobody is told of beside themselves: what is noise.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
-from turns import by_update, in_process, in_turns, ratio
+from turns import in_process, in_turns, num_done, ratio
 from workloads import WORKLOADS
 
 import surefoot as sf
@@ -64,6 +65,8 @@ PAIRS = {
     "gpt-adds": ("heal", "silent"),
     "mlp-same": ("off", "off again"),
     "mlp-compiled-same": ("off", "off again"),
+    "cnn-adds-same": ("silent", "silent again"),
+    "gpt-adds-same": ("silent", "silent again"),
 }
 LONG = 1_000_000
 _ALL = (math.inf, math.inf, math.inf)
@@ -102,7 +105,7 @@ def main() -> None:
 
 def measure(pair: str, turns: int, threads: int | None, *, reverse: bool) -> dict[str, Any]:
     workload, _, extent = pair.partition("-")
-    compiled = "on" if extent in ("compiled", "compiled-same", "adds") else "off"
+    compiled = "on" if extent.startswith(("compiled", "adds")) else "off"
     steps = STEPS[f"{workload} compiled" if compiled == "on" else workload]
     with tempfile.TemporaryDirectory() as folder:
         modes = PAIRS[pair][::-1] if reverse else PAIRS[pair]
@@ -127,20 +130,20 @@ def updates(workload: str, mode: str, compiled: str, out: str, threads: int | No
         guard=sf.Guard("heal" if mode == "heal" else "off"),
     )
     operations = sf.Operations(compute={"compile": compiled, "threads": threads})
-    if mode != "silent":
-        return by_update(run_steps(build(recipe, RunFolder(out), operations)))
+    if not mode.startswith("silent"):
+        return num_done(run_steps(build(recipe, RunFolder(out), operations)))
     return silent(prepare(recipe, operations))
 
 
-def silent(made: Prepared) -> Iterator[None]:
-    """The same updates, compiled, of which nobody is told."""
+def silent(made: Prepared) -> Iterator[int]:
+    """The same updates, compiled, of which nobody is told; how many are done."""
     feed = made.feed(lambda kind, **facts: None)
     course = made.course(feed, None, Silence(), deque(maxlen=1))  # type: ignore[arg-type]
     graph, state, batches = course.graph, course.state, Batches(feed.batches(0, LONG))
     assert isinstance(graph, Graph)
     while True:
         left, direct = graph.direct(state.step)
-        until, before = time.perf_counter() + AHEAD_S, state.step
+        until = time.perf_counter() + AHEAD_S
         begun: deque[tuple[list[Minibatch], Callable[[], Done]]] = deque()
         while direct is not None and (left or begun):
             while left and (ahead := sum(len(some) for some, _ in begun)) <= LAG:
@@ -158,9 +161,8 @@ def silent(made: Prepared) -> Iterator[None]:
                 batches.give_back([*some[num:], *(batch for more, _ in begun for batch in more)])
                 while begun:
                     begun.popleft()[1]()
-        yield from [None] * (state.step - before)  # with nothing under way, which would be the other's time
         update(course, next(batches))
-        yield
+        yield state.step  # with nothing under way, which would be the other's time
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from turns import Window, by_update, in_process
+from turns import Window, advance, in_process, num_done
 
 import surefoot as sf
 from surefoot.api import run_steps
@@ -152,13 +152,12 @@ def measure(name: str, threads: int) -> dict[str, float]:
     assert not isinstance(counted, str)
     operations = sf.Operations(compute={"compile": "on", "threads": threads})
     with tempfile.TemporaryDirectory() as folder:
-        run = by_update(run_steps(build(recipe, RunFolder(f"{folder}/run"), operations)))
+        run = num_done(run_steps(build(recipe, RunFolder(f"{folder}/run"), operations)))
         begun = time.perf_counter()
-        for _ in range(2 * WARM):
-            next(run)
-        window = Window(WARM, int(SECONDS / (time.perf_counter() - begun) * 2 * WARM))
-        while not window.tick():
-            next(run)
+        done = advance(run, 0, 2 * WARM)
+        window = Window(WARM, int(SECONDS / (time.perf_counter() - begun) * done))
+        while not window.tick(next(run)):
+            pass
         run.close()  # type: ignore[attr-defined]
     weights = sum(p.numel() for p in made.parts.params)
     return {"us": window.us, "most": counted.most, "elements": counted.elements, "weights": weights}

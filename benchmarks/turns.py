@@ -12,28 +12,35 @@ from typing import Any
 
 
 def in_turns(contenders: Mapping[str, Iterator[Any]], *, steps: int, turns: int) -> dict[str, list[float]]:
-    """Microseconds per step of each contender in each turn, after one turn that is not timed."""
+    """Microseconds per step of each contender in each turn, after one turn that is not timed. A contender
+    that takes several steps at a time says, by numbers, how many are done; its turn is that much longer.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    done = dict.fromkeys(contenders, 0)
     for turn in range(turns + 1):
         for name in list(contenders)[:: -1 if turn % 2 else 1]:
-            begun = time.perf_counter()
-            for _ in range(steps):
-                next(contenders[name])
+            first, begun = done[name], time.perf_counter()
+            done[name] = advance(contenders[name], first, steps)
             if turn:
-                times[name].append(1e6 * (time.perf_counter() - begun) / steps)
+                times[name].append(1e6 * (time.perf_counter() - begun) / (done[name] - first))
     for contender in contenders.values():
         if hasattr(contender, "close"):
             contender.close()
     return times
 
 
-def by_update(outcomes: Iterator[Any]) -> Iterator[None]:
-    """An item per update of a run, of which some are taken between two outcomes."""
-    done = 0
-    for outcome in outcomes:
-        for _ in range(done, outcome.step + 1):
-            yield
-        done = outcome.step + 1
+def advance(contender: Iterator[Any], done: int, steps: int) -> int:
+    """Has a contender take `steps` more, or somewhat more; how many are done then."""
+    until = done + steps
+    while done < until:
+        told = next(contender)
+        done = told if isinstance(told, int) else done + 1
+    return done
+
+
+def num_done(outcomes: Iterator[Any]) -> Iterator[int]:
+    """How many updates of a run are done, whenever it tells: some are taken between two outcomes."""
+    return (outcome.step + 1 for outcome in outcomes)
 
 
 class Window:

@@ -3,8 +3,8 @@
     python benchmarks/guard.py [--processes 6] [--turns 15] [--out benchmarks/results/guard.json]
 
 Ratios of microseconds per update, with the threads that a run has at its defaults, or `--threads`. In each
-process two runs go on in turns; the result is the median over processes of the medians of ratios of
-neighbouring turns:
+process two runs go on in turns, without a checkpoint meanwhile (what these cost: `checkpoint.py`); the
+result is the median over processes of the medians of ratios of neighbouring turns:
 
 * ``mlp``, ``gpt``: ``Guard()`` beside ``Guard("off")``, eager; ``normed``: an MLP with batch norm, whose
   running statistics are looked at, too;
@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from turns import in_process, in_turns, num_done, ratio
 from workloads import WORKLOADS
@@ -110,7 +111,10 @@ def measure(pair: str, turns: int, threads: int | None, *, reverse: bool) -> dic
     with tempfile.TemporaryDirectory() as folder:
         modes = PAIRS[pair][::-1] if reverse else PAIRS[pair]
         runs = {mode: updates(workload, mode, compiled, f"{folder}/{mode}", threads) for mode in modes}
-        threads = RunFolder(f"{folder}/{PAIRS[pair][0]}").identity()["environment"]["threads"]
+        begun = RunFolder(f"{folder}/{PAIRS[pair][0]}")
+        threads = (
+            begun.identity()["environment"]["threads"] if begun.holds_run() else torch.get_num_threads()
+        )
         times = in_turns(runs, steps=steps, turns=turns)
     medians = {mode: statistics.median(values) for mode, values in times.items()}
     return {"threads": threads, "us_per_update": medians, "ratio": ratio(times, *PAIRS[pair])}
@@ -129,7 +133,9 @@ def updates(workload: str, mode: str, compiled: str, out: str, threads: int | No
         until=LONG,
         guard=sf.Guard("heal" if mode == "heal" else "off"),
     )
-    operations = sf.Operations(compute={"compile": compiled, "threads": threads})
+    operations = sf.Operations(
+        compute={"compile": compiled, "threads": threads}, checkpoint={"every": "1h"}
+    )
     if not mode.startswith("silent"):
         return num_done(run_steps(build(recipe, RunFolder(out), operations)))
     return silent(prepare(recipe, operations))

@@ -16,6 +16,7 @@ LEVELS = [
     {"keys", "types", "durable", "laps", "unchanged"},
     {"protocols", "compiled", "direct"},
     PARTS,
+    {"segments"},
     {"state"},
     {"train_step"},
     {"passes"},

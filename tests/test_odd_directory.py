@@ -275,3 +275,18 @@ def test_a_second_ctrl_c_right_after_the_first_changes_nothing(gap_s):
     finally:
         process.kill()
     assert (process.returncode, err) == (75, "interrupted\n")
+
+
+def test_a_run_that_goes_on_while_it_is_verified_is_looked_at_again(tmp_path, monkeypatch):
+    """What was not there yet when it was not going on is no damage."""
+    trained(tmp_path / "run", updates=10)
+    goes_on = iter([False, True, True])
+    monkeypatch.setattr(RunFolder, "is_running", lambda self: next(goes_on))
+
+    def check(*_, live, **__):
+        return [] if live else [("tail.bin", "damaged header or wrong size", 0)]
+
+    monkeypatch.setattr("surefoot.run.check_log", check)
+    assert sf.open_run(tmp_path / "run").verify() == []
+    goes_on = iter([False, False])
+    assert [f.file for f in sf.open_run(tmp_path / "run").verify()] == ["steps/tail.bin"]

@@ -16,6 +16,10 @@ from surefoot.record.ledger import Ledger
 from surefoot.record.recorder import Recorder
 from surefoot.resume import TERMINAL, fences, newest_sound
 from surefoot.run import RunView
+from surefoot.segments import branches_of
+
+_GAVE_UP = ("rolled_back", "released")
+"""Kinds of events after which the rows logged so far, beyond their step, are given up."""
 
 
 def release(path: str | Path, ids: Sequence[int] | None = None) -> tuple[list[int], int]:
@@ -75,9 +79,10 @@ def release(path: str | Path, ids: Sequence[int] | None = None) -> tuple[list[in
         history = history.with_(one)
         guard["history"] = history.to_json()
         stateful = {**snapshot.facts["stateful"], "guard": guard}
-        ledger, logged = Ledger.of(snapshot.facts), int(view.log()["step"].max(initial=-1)) + 1
-        again = ledger.branches[-1:] and ledger.branches[-1][:2] == (logged, checkpoint.step)
-        if logged > checkpoint.step and not again:  # rows from there on were made without these samples
+        ledger = Ledger(snapshot.facts["ledger"], branches_of(snapshot.facts))
+        logged, rows = int(view.log()["step"].max(initial=-1)) + 1, len(view.log(all_rows=True)["step"])
+        told = [e.get("rows") for e in view.events(all_events=True) if e["kind"] in _GAVE_UP]
+        if logged > checkpoint.step and told[-1:] != [rows]:  # these steps were taken without the samples
             ledger = ledger.back_to(checkpoint.step, ledger.value, left=logged)
         changed = replace(
             snapshot,
@@ -92,6 +97,7 @@ def release(path: str | Path, ids: Sequence[int] | None = None) -> tuple[list[in
             ids=wanted,
             name=kept.path.name,
             interventions=history.num_decided,
+            rows=rows,
         )
     finally:
         if record is None:

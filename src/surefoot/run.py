@@ -17,8 +17,9 @@ from surefoot.guard.history import History
 from surefoot.record.columns import Columns, lineage
 from surefoot.record.events import Event, event_lineage, read_events
 from surefoot.record.folder import RunFolder
-from surefoot.record.ledger import begins_of_segments, branches_of, ledgers, segments
+from surefoot.record.ledger import ledgers, segments
 from surefoot.record.rows import check_log, read_log
+from surefoot.segments import begins_of_segments, branches_of, disagree
 from surefoot.types import HOLE, Ids
 
 
@@ -103,8 +104,8 @@ class RunView:
         step, samples, epoch: how far the log goes; epoch counts epochs done, with a fraction.
         metrics: name to last value; ``train_loss`` is the last row's. interventions: refused updates and
         rollbacks. quarantined: ids of samples left out, as of the newest checkpoint.
-        digest, ledger: of the newest checkpoint, which may lie before `step`. lineage: its segments, of
-        which a rollback begins a new one; see `surefoot.record.ledger.Segment`.
+        digest, ledger: of the newest checkpoint, which may lie before `step`; None: it cannot be read.
+        lineage: its segments, of which a rollback begins a new one; see `surefoot.record.ledger.Segment`.
         """
         log, everything = self.log(), self.events(all_events=True)
         events = event_lineage(everything)
@@ -136,7 +137,7 @@ class RunView:
             "quarantined": history.quarantined(step),
             "digest": facts.get("digest"),
             "ledger": facts.get("ledger"),
-            "lineage": [segment._asdict() for segment in segments(branches_of(facts))],
+            "lineage": [s._asdict() for s in segments(branches_of(facts))] if facts or not kept else None,
             "checkpoint_step": kept[-1].step if kept else None,
             "attempts": max((e["attempt"] for e in everything), default=0),
             "train_s": round(float(log["step_s"].sum()), 3),
@@ -148,9 +149,8 @@ class RunView:
         }
 
     def history(self) -> History:
-        """What the guard has done, as of the newest checkpoint."""
-        kept = self.checkpoints()
-        return History.of(_facts(kept[-1]) if kept else {})
+        """What the guard has done, as of the newest checkpoint that can be read."""
+        return History.of(next(filter(None, map(_facts, reversed(self.checkpoints()))), {}))
 
     def verify(self) -> list[Finding]:
         """Checks every byte of every checkpoint, the ledger, the log and the events.
@@ -194,6 +194,8 @@ class RunView:
             if not then.leads_to(history, checkpoint.step):
                 continue  # the run went back to before it, and the log has what came then
             findings += [Finding(name, what) for what in self._ledger_findings(checkpoint.step, facts, log)]
+        if findings and not live and self._folder.is_running():  # it went on meanwhile
+            return self.verify()
         return findings
 
     def _missing(self, events: list[Event]) -> list[Finding]:
@@ -220,8 +222,10 @@ class RunView:
         told = [("the ledger", step, str(facts["ledger"])), *begins_of_segments(facts)]
         whole = int((log["step"] == np.arange(len(log["step"]))).sum())  # after a gap none is in its place
         made = ledgers({at for _, at, _ in told}, ids, log["permitted"][:whole].tolist())
-        return [
-            f"{what} is {ledger[:12]}..., but plan and log give {made.get(at, 'none')[:12]}..."
+        found = ["its segments are not those of what the guard did"] if disagree(facts) else []
+        return found + [
+            f"{what} is {ledger[:12]}..., but plan and log give "
+            + (f"{made[at][:12]}..." if at in made else "none")
             for what, at, ledger in told
             if made.get(at) != ledger
         ]

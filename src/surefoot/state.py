@@ -23,6 +23,7 @@ from surefoot.optim.patience import Patience
 from surefoot.optim.precision import LossScale
 from surefoot.optim.uncompiled import without_compiler
 from surefoot.record.ledger import Ledger
+from surefoot.segments import branches_of
 
 _EXTRA, _TRANSIENT = "extra/", "transient/"
 """Prefixes, beside the model's own tensors, of tensors in extra state and of non-persistent buffers."""
@@ -38,7 +39,7 @@ class RunState:
     step: attempted updates. samples: consumed. num_refused: updates not applied. validated_at: step
     of the last validation. metrics: its values. lr_cuts: reductions on plateau so far. elapsed_s:
     seconds of training in all attempts. eager_from: the step from which on a compiled run is not, since its
-    model was changed.
+    model was changed. diverged: the run ends here, beyond what can be healed.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class RunState:
     stopped_early: bool = False
     elapsed_s: float = 0.0
     eager_from: int | None = None
+    diverged: bool = False
 
     COUNTERS: ClassVar[tuple[str, ...]] = (
         "step",
@@ -69,6 +71,7 @@ class RunState:
         "stopped_early",
         "elapsed_s",
         "eager_from",
+        "diverged",
     )
 
     def snapshot(self) -> Snapshot:
@@ -155,7 +158,7 @@ class RunState:
                 part.load_state_dict(facts["stateful"][name])
         for name, value in facts["counters"].items():
             setattr(self, name, value)
-        self.ledger = Ledger.of(facts)
+        self.ledger = Ledger(facts["ledger"], branches_of(facts))
 
     def _stateful(self) -> dict[str, LossScale | Watch | Patience | None]:
         return {

@@ -138,6 +138,8 @@ def _told(run: Run, outcome: Outcome) -> Generator[Outcome, None, None]:
 def _attempt(run: Run) -> Generator[Outcome, None, str]:
     """Updates from `state.step` on; returns the status that the run ends with."""
     guard, clock = run.parts.guard, Clock()
+    if run.state.diverged:  # a kill came between its last checkpoint and the event that ends it
+        return "diverged"
     while True:
         if guard.pending is not None:
             status = _heal(run, guard.pending)
@@ -196,6 +198,7 @@ def _updates(run: Run, batches: Batches, clock: Clock) -> Generator[Outcome, Non
             return ""
         if verdict is not None:
             yield from _told(run, outcome)
+            state.diverged = True
             record.event("diverged", step=state.step, reason=verdict.reason, fix=verdict.fix)
             return "diverged"
         if state.step >= next_validation or state.step == run.total:
@@ -238,7 +241,8 @@ def _heal(run: Run, alarm: Alarm) -> str:
     guard = run.parts.guard
     run.keeper.settle()
     seen = {"step": alarm.step + 1, "detector": alarm.detector, "reason": alarm.reason}
-    whole, left = run.state.snapshot().copy(), run.state.ledger
+    whole, rollbacks = run.state.snapshot().copy(), guard.history.count("rollback")
+    given_up, left = run.state.ledger, min(run.state.step, alarm.step + 1)  # a device tells of it later
 
     def again(until: int, rows: list[Row] | None = None, *, known: bool = False) -> Alarm | Stop | None:
         return replay(run, until, [] if rows is None else rows, known=known)
@@ -256,17 +260,21 @@ def _heal(run: Run, alarm: Alarm) -> str:
         run.told.event("alarm", **seen | {"reason": done.reason}, **why)
         return ""
     guard.pending = None
-    given_up, now = left.value, run.state.ledger.value
-    if run.state.ledger is not left:  # the run went back
-        run.state.ledger = left.back_to(run.state.step, now, left=alarm.step + 1)
+    went_back: dict[str, Any] = {}
+    if guard.history.count("rollback") > rollbacks:
+        now = run.state.ledger.value
+        run.state.ledger = given_up.back_to(run.state.step, now, left=left)
+        went_back = {"left": left, "ledger": now, "given_up": given_up.value, "rows": run.record.num_rows}
     if isinstance(done, Stop):
-        bundle = run.told.event("diverged", step=run.state.step, reason=done.reason, fix=done.fix)
+        run.state.diverged = True
+        why = {"reason": done.reason, "fix": done.fix}
+        bundle = run.told.event("diverged", step=run.state.step, **why, **went_back)
         _keep_samples(run, bundle, alarm.onset)
         return "diverged"
     if "at" not in done:  # the run goes on from where it is
         run.told.event("borne", **done, interventions=guard.history.num_decided)
         return ""
-    done |= {"ledger": now, "given_up": given_up, "interventions": guard.history.num_decided}
+    done |= went_back | {"interventions": guard.history.num_decided}
     bundle = run.told.event("rolled_back", **done)
     _keep_samples(run, bundle, alarm.onset)
     run.keeper.went_back()

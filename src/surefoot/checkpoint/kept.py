@@ -108,10 +108,19 @@ class Checkpoint:
         return found
 
     def facts(self) -> dict[str, Any]:
-        """The JSON part of the state, unverified: for showing."""
-        facts = read_json(self.path / "state.json")
-        if not isinstance(facts, dict):
-            raise StateError(f"{self.path / 'state.json'} is not a state.")
+        """The JSON part of the state, checked; tensors are not read.
+
+        Raises:
+            StateError: it, or the manifest, is missing or altered.
+        """
+        file, entry = self.path / "state.json", self.manifest()["files"].get("state.json")
+        try:
+            what = "is not in the manifest" if entry is None else difference(file, entry)[0]
+        except OSError as error:
+            what = f"cannot be read: {error.strerror}"
+        if what:
+            raise StateError(f"{file}: {what}.")
+        facts: dict[str, Any] = read_json(file)
         return facts
 
     def mark(self, kind: str) -> Path:

@@ -66,9 +66,8 @@ def run(summary: Mapping[str, Any], identity: Mapping[str, Any]) -> RenderableTy
     table.add_row("checkpoint", "none yet" if kept is None else f"at step {kept:,}")
     table.add_row("digest", summary["digest"] or "-")
     table.add_row("ledger", summary["ledger"] or "-")
-    lineage = summary["lineage"] if len(summary["lineage"]) > 1 else []
-    for number, segment in enumerate(lineage[-_SEGMENTS:]):
-        table.add_row("" if number else "lineage", _segment(segment))
+    for number, line in enumerate(_lineage(summary)):
+        table.add_row("" if number else "lineage", line)
     options = identity.get("origin", {}).get("options", {})
     if options:
         table.add_row("options", " ".join(f"{k}={v}" for k, v in options.items()))
@@ -81,14 +80,23 @@ def run(summary: Mapping[str, Any], identity: Mapping[str, Any]) -> RenderableTy
     return Group(Text(summary["run"], style="bold"), table)
 
 
-def _segment(segment: Mapping[str, Any]) -> str:
-    """A segment of a lineage. Steps are counted from 0."""
-    begins, ends, kept = segment["begins"], segment["ends"], segment["kept"]
-    ledger = f"; ledger there {segment['ledger'][:12]}" if begins else ""
-    if ends is None:
-        return f"from step {begins:,} on{ledger}"
-    given_up = "given up" if kept == begins else f"given up from step {kept:,} on"
-    return f"steps {begins:,} to {ends - 1:,}, {given_up}{ledger}"
+def _lineage(summary: Mapping[str, Any]) -> list[str]:
+    """A line for each segment, if there are several. Steps are counted from 0."""
+    lineage = summary["lineage"] or []
+    before = len(lineage) - _SEGMENTS
+    told = [f"1 to {before}: see --json"] if before > 0 else []
+    for number, segment in enumerate(lineage, start=1):
+        begins, ends, kept = segment["begins"], segment["ends"], segment["kept"]
+        if ends is not None:
+            given_up = "given up" if kept == begins else f"given up from step {kept:,} on"
+            text = f"steps {begins:,} to {ends - 1:,}, {given_up}"
+        elif summary["status"] == "diverged" and summary["checkpoint_step"] == begins:
+            text = f"the state after {begins:,} updates, where the run ended"
+        else:
+            text = f"from step {begins:,} on"
+        ledger = f"; ledger there {segment['ledger'][:12]}" if begins and segment["ledger"] else ""
+        told += [f"{number}: {text}{ledger}"] if number > before else []
+    return told if len(lineage) > 1 else []
 
 
 def runs(summaries: Sequence[Mapping[str, Any]]) -> Table:

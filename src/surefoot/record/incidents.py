@@ -116,20 +116,21 @@ def _released(event: Event) -> Incident:
 def _rolled_back(event: Event) -> Incident:
     told, runbook = DETECTORS.get(event["detector"], ("it went wrong", "rolled-back"))
     transient = "does not reproduce" in event["cause"]
+    left = int(event.get("left", event["at"] + 1))
     tried = f" Tried besides: {'; '.join(event['tried'])}." if event.get("tried") else ""
-    segment = f" (a new segment, from ledger {event['ledger'][:12]})" if "ledger" in event else ""
+    ledger = f", from ledger {event['ledger'][:12]}" if event["step"] and "ledger" in event else ""
     return _incident(
         event,
-        f"the run went back from step {event['at']} to step {event['step']}: {told}",
+        f"the run went back from step {left - 1} to step {event['step']}: {told}",
         "does-not-reproduce" if transient else runbook,
         cause=event["cause"],
         evidence=f"{event['detector']}: {event['reason']}",
-        action=f"back to the state after {event['step']} updates{segment} and on with: "
+        action=f"back to the state after {event['step']} updates, a new segment{ledger}, and on with: "
         f"{event['remedy']}.{tried}",
         advice="Suspect the memory or the processor: test the machine before it trains again."
         if transient
         else "For the next run change the recipe so that this is not needed: see cause and remedy.",
-        lost_steps=int(event["at"]) + 1 - int(event["step"]),
+        lost_steps=left - int(event["step"]),
         lost_s=float(event.get("seconds", 0.0)),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from surefoot.types import Ids
@@ -13,25 +13,26 @@ EMPTY = "00" * 32
 
 class Branch(NamedTuple):
     """A run went back: after `left` attempted updates, to the state after `begins`, whose ledger is
-    `ledger`.
+    `ledger`; None: an earlier version did not keep it.
     """
 
     left: int
     begins: int
-    ledger: str
+    ledger: str | None
 
 
 class Segment(NamedTuple):
     """A stretch of a run's lineage, between two places where it went back.
 
     Steps `begins` up to, not including, `ends` were taken in it; None: it goes on. Of them the weights hold
-    those before `kept` (none, if that is `begins`); None: all. ledger: the chain's head where it begins.
+    those before `kept` (none, if that is `begins`); None: all. ledger: the chain's head where it begins;
+    None: an earlier version did not keep it.
     """
 
     begins: int
     ends: int | None
     kept: int | None
-    ledger: str
+    ledger: str | None
 
 
 class Ledger:
@@ -51,13 +52,8 @@ class Ledger:
         """The chain's head, as 64 hexadecimal digits."""
         return self._value.hex()
 
-    @staticmethod
-    def of(facts: Mapping[str, Any]) -> Ledger:
-        """That of a state, of its JSON part."""
-        return Ledger(facts["ledger"], branches_of(facts))
-
     def to_json(self) -> dict[str, Any]:
-        """What `of` reads."""
+        """As the state keeps it."""
         return {"ledger": self.value, "branches": [list(branch) for branch in self.branches]}
 
     def extend(self, step: int, ids: Ids) -> None:
@@ -68,11 +64,6 @@ class Ledger:
     def back_to(self, begins: int, value: str, *, left: int) -> Ledger:
         """That of a run that went back, after `left` updates, to the state after `begins` with `value`."""
         return Ledger(value, (*self.branches, Branch(left, begins, value)))
-
-
-def branches_of(facts: Mapping[str, Any]) -> list[Branch]:
-    """Where the run of a state went back, of its JSON part; earlier versions did not keep that."""
-    return [Branch(*branch) for branch in facts.get("branches", ())]
 
 
 def segments(branches: Sequence[Branch]) -> list[Segment]:
@@ -86,16 +77,6 @@ def segments(branches: Sequence[Branch]) -> list[Segment]:
         found.append(Segment(first, end, kept, ledger))
         least = first if least is None else min(least, first)
     return found[::-1]
-
-
-def begins_of_segments(facts: Mapping[str, Any]) -> list[tuple[str, int, str]]:
-    """Where segments begin that a state (its JSON part) came through: what to call it, updates, ledger."""
-    branches = branches_of(facts)
-    return [
-        (f"the ledger where segment {number + 1} begins, after {begins} updates,", begins, ledger)
-        for number, (_, begins, ledger) in enumerate(branches, start=1)
-        if all(later.begins >= begins for later in branches[number:])
-    ]
 
 
 def ledgers(at: Collection[int], ids: Callable[[int], Ids], permitted: Sequence[bool]) -> dict[int, str]:

@@ -242,7 +242,8 @@ def _heal(run: Run, alarm: Alarm) -> str:
     run.keeper.settle()
     seen = {"step": alarm.step + 1, "detector": alarm.detector, "reason": alarm.reason}
     whole, rollbacks = run.state.snapshot().copy(), guard.history.count("rollback")
-    given_up, left = run.state.ledger, min(run.state.step, alarm.step + 1)  # a device tells of it later
+    given_up = run.state.ledger
+    left = min(run.state.step, alarm.step + 1)  # a device tells later; D0 is told of all its 200 steps
 
     def again(until: int, rows: list[Row] | None = None, *, known: bool = False) -> Alarm | Stop | None:
         return replay(run, until, [] if rows is None else rows, known=known)

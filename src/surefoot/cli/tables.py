@@ -19,8 +19,6 @@ _COLORS = {
     "preempted": "yellow",
     "budget": "yellow",
 }
-
-
 _SEGMENTS = 8  # of a lineage, the newest
 
 

@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from conftest import ROOT, recipe, surefoot, surefoot_process
 
 import surefoot as sf
 from surefoot.cli.main import main
+from surefoot.data import workers
 from surefoot.record.rows import read_newest
 
 EVERYTHING = ROOT / "tests/recipes/everything.py"
@@ -277,3 +279,17 @@ def test_two_processes_cannot_have_one_run(tmp_path):
     first.kill()
     first.communicate()
     assert shown(path)["status"] == "failed"
+
+
+def orphaned(getppid):
+    with mock.patch("os.getppid", getppid):
+        workers.enter(0)
+    os._exit(7)
+
+
+@pytest.mark.parametrize(("getppid", "code"), [(os.getppid, 7), (lambda: 1, 1)])
+def test_a_worker_whose_parent_was_killed_before_it_could_ask_to_die_with_it_ends(getppid, code):
+    process = multiprocessing.get_context("fork").Process(target=orphaned, args=(getppid,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == code

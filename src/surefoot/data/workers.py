@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -131,3 +133,8 @@ def enter(_: int) -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     except (OSError, AttributeError):  # not Linux: torch's own watchdog ends it within seconds
         pass
+    parent = multiprocessing.parent_process()
+    if (
+        parent is not None and parent.pid != os.getppid()
+    ):  # it was killed before that: nobody else will know
+        os._exit(1)

@@ -134,7 +134,5 @@ def enter(_: int) -> None:
     except (OSError, AttributeError):  # not Linux: torch's own watchdog ends it within seconds
         pass
     parent = multiprocessing.parent_process()
-    if (
-        parent is not None and parent.pid != os.getppid()
-    ):  # it was killed before that: nobody else will know
+    if parent is not None and parent.pid != os.getppid():  # killed before that, so that no signal will come
         os._exit(1)

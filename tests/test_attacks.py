@@ -92,15 +92,21 @@ def test_an_update_that_divides_zero_by_zero_is_undone(tmp_path):
     }
 
 
-def test_weights_that_are_not_finite_are_never_called_finished(tmp_path):
-    for outcome in sf.steps(recipe(), out=tmp_path / "run"):
+@pytest.mark.parametrize("guard", ["off", "watch", "heal"])
+def test_weights_that_are_not_finite_are_never_called_finished(tmp_path, guard):
+    """The body makes them so each time that the last step is taken."""
+    for outcome in sf.steps(recipe(guard=sf.Guard(guard)), out=tmp_path / "run"):
         if outcome.step == 15:
             with torch.no_grad():
                 outcome.model[0].weight.fill_(torch.nan)
     view = sf.open_run(tmp_path / "run")
     assert view.status == "diverged"
-    (kept,) = view.checkpoints()  # for whoever wants to look at it, never to go on from
+    kept = view.checkpoints()[-1]  # for whoever wants to look at it, never to go on from
     assert kept.manifest()["poisoned"]
+    assert len([e for e in view.events(all_events=True) if e["kind"] == "rolled_back"]) == 3 * (
+        guard == "heal"
+    )
+    assert view.verify() == []
 
 
 class LateNorm(nn.Module):

@@ -238,7 +238,8 @@ def test_a_run_that_diverges_exits_3(tmp_path):
     assert "diverged after" in done.stdout
     told = json.loads(surefoot("show", tmp_path / "run", "--json").stdout)
     assert told["status"] == "diverged"
-    assert told["interventions"] >= 50
+    assert told["interventions"] >= 4
+    assert "0.5 of the rate" in told["reason"]
 
 
 def test_a_changed_dataset_is_refused(tmp_path):

@@ -270,6 +270,6 @@ def test_a_parameter_is_measured_and_put_back_where_it_is(at_once, moves, lr):
         if not applied:
             kept = [s["momentum_buffer"] for s in optimizer.state.values()]
             assert all(map(torch.equal, kept, momenta))
-    assert updater.finite()
+    assert updater.weights_are_finite()
     params[0].data = torch.tensor([torch.nan])
-    assert not updater.finite()
+    assert not updater.weights_are_finite()

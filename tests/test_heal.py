@@ -967,18 +967,22 @@ def test_samples_that_weigh_nothing_say_nothing_of_the_first_loss(fit):
     assert not [e for e in run.events() if e["kind"] in ("alarm", "rolled_back")]
 
 
-def test_a_lasting_rise_that_the_data_explain_is_borne(tmp_path):
-    """Sorted data: from step 400 on the targets are far harder. That is no fault."""
+def harder():
+    """Sorted data: from step 400 on the targets are far harder."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1200 * 16, 8)).astype("float32")
     y = x @ rng.normal(size=8).astype("float32")
     y[400 * 16 :] += rng.normal(size=800 * 16).astype("float32") * 1.8
-    changed = sf.Recipe(
+    return sf.Recipe(
         model=lambda: torch.nn.Linear(8, 1), data=sf.Arrays(x, y[:, None]), until=1200,
         batch=sf.Batch(16, shuffle=False), objective=sf.supervised(torch.nn.functional.mse_loss),
-        optimizer=sf.SGD(lr=0.01),
+        optimizer=sf.SGD(lr=0.01, momentum=0.5),
     )  # fmt: skip
-    done = sf.fit(changed, out=tmp_path / "run")
+
+
+def test_a_lasting_rise_that_the_data_explain_is_borne(tmp_path):
+    """That is no fault."""
+    done = sf.fit(harder(), out=tmp_path / "run")
     assert done.status == "finished", sf.open_run(tmp_path / "run").summary()["reason"]
     borne = events(tmp_path / "run", "borne")
     assert borne

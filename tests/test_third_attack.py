@@ -126,7 +126,7 @@ def test_a_retry_is_one_try(tmp_path, monkeypatch):
 
 def test_a_diverged_run_says_what_it_rejected(tmp_path):
     file = write(tmp_path, "optimizer=sf.SGD(lr=1e38), until='100ep'")
-    first = surefoot("train", file, "--out", tmp_path / "run", "--set", "checkpoint.every=20")
+    first = surefoot("train", file, "--out", tmp_path / "run", "--set", "checkpoint.every=2")
     assert first.returncode == 3
     damage(sf.open_run(tmp_path / "run").checkpoints()[-1].path / "model.safetensors")
     again = surefoot("train", file, "--out", tmp_path / "run")
@@ -175,7 +175,7 @@ def test_a_step_that_does_not_end_does_not_hold_up_sigterm(tmp_path):
         "STEPS = [0]\n"
         "def objective(model, data):\n"
         "    STEPS[0] += 1\n"
-        "    if STEPS[0] > 20: time.sleep(600)\n"
+        "    if STEPS[0] > 20: open('asleep', 'w').close(); time.sleep(600)\n"
         "    return F.cross_entropy(model(data[0]), data[1], reduction='none')\n"
         "def recipe",
     )
@@ -186,7 +186,7 @@ def test_a_step_that_does_not_end_does_not_hold_up_sigterm(tmp_path):
     )  # fmt: skip
     wait_for_steps(tmp_path / "run", 20, process)
     view = sf.open_run(tmp_path / "run")
-    while not view.checkpoints() or view.checkpoints()[-1].step < 20:
+    while not view.checkpoints() or view.checkpoints()[-1].step < 20 or not (tmp_path / "asleep").exists():
         time.sleep(0.01)
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)

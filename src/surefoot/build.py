@@ -20,6 +20,7 @@ from surefoot.checkpoint.writer import Writer
 from surefoot.choice import Choice, Kept, kept_choice
 from surefoot.environment import of_attempt
 from surefoot.errors import SurefootError
+from surefoot.guard.detect import NOT_FINITE
 from surefoot.guard.hang import stacks_if_stuck
 from surefoot.heal import REMEMBERED, Row
 from surefoot.keep import Keeper
@@ -29,7 +30,7 @@ from surefoot.parallel.device import set_threads
 from surefoot.prepare import check_kinds, prepare
 from surefoot.protocols import KeyedSource
 from surefoot.recipe import Recipe
-from surefoot.record.columns import lineage
+from surefoot.record.columns import Columns, lineage
 from surefoot.record.events import read_events
 from surefoot.record.folder import RunFolder
 from surefoot.record.rows import read_log
@@ -152,16 +153,22 @@ def _to_be_repeated(folder: RunFolder, state: RunState) -> dict[int, tuple[Row, 
         return {}
     if any(i.kind == "release" and i.begins == state.step for i in history.interventions):
         return {}
-    log = lineage(read_log(folder.steps).columns)
+    log = _log(folder)
     again = (log["step"] >= state.step) & (log["step"] < state.step + REMEMBERED)
     again &= ~np.isin(log["attempt"], sorted(other))
     rows = zip(*(log[name][again].tolist() for name in (*Row._fields, "micro_batches")), strict=True)
     return {int(row[0]): (Row(*row[:-1]), int(row[-1])) for row in rows}
 
 
+def _log(folder: RunFolder) -> Columns:
+    """What a run reads of its log. Versions before wrote no verdicts: none is known to be fine."""
+    log = lineage(read_log(folder.steps).columns)
+    return {"verdict": np.full(len(log["step"]), NOT_FINITE, "float64")} | log
+
+
 def _rows(folder: RunFolder, state: RunState) -> deque[Row]:
     """The last rows before the state, for the guard to compare a replay with."""
-    log = lineage(read_log(folder.steps).columns)
+    log = _log(folder)
     before = log["step"] < state.step
     rows = zip(*(log[name][before][-REMEMBERED:].tolist() for name in Row._fields), strict=True)
     return deque((Row(*row) for row in rows), maxlen=REMEMBERED)

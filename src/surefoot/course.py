@@ -316,7 +316,7 @@ def _note(course: Course, label: Label, numbers: Sequence[float], now: float) ->
         int(permitted), int(verdict), label.lr, loss, grad_norm, clip, ratio, loss_scale,
         label.data_wait_s, label.step_s, label.wall_s, label.wall_s * course.price_per_s, now,
     ))  # fmt: skip
-    row = Row(slots.step, loss, grad_norm, bool(permitted), ratio)
+    row = Row(slots.step, loss, grad_norm, bool(permitted), ratio, verdict)
     course.rows.append(row)
     if permitted:
         course.state.ledger.extend(slots.step, slots.ids)

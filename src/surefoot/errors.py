@@ -60,6 +60,10 @@ class StateError(SurefootError):
     """Kept state is missing, torn or altered."""
 
 
+class PoisonedError(StateError):
+    """Kept state is as it was written, and holds numbers that are not finite."""
+
+
 class WorkerError(SurefootError):
     """Processes that read data die or hang again and again."""
 

@@ -15,8 +15,9 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Reversible, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,9 +28,11 @@ from surefoot.checkpoint.store import DirectoryStore
 from surefoot.data.feed import Feed
 from surefoot.data.holes import leave_out
 from surefoot.errors import StateError
+from surefoot.guard.detect import FINE
 from surefoot.guard.history import History, Intervention
 from surefoot.guard.review import Alarm, may_have_done_harm
 from surefoot.guard.stop import Stop
+from surefoot.optim.finite import are_finite, have_nan, unsound
 from surefoot.optim.schedules import Resolved
 from surefoot.passes import losses_of, probe
 from surefoot.state import RunState
@@ -70,6 +73,12 @@ class Row(NamedTuple):
     grad_norm: float
     permitted: bool
     update_ratio: float
+    verdict: float
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether loss and gradient were fine, and the update that the optimizer made of them was not."""
+        return self.verdict == FINE and not self.permitted
 
 
 class LetBe(NamedTuple):
@@ -123,12 +132,35 @@ class Healer:
     rows: deque[Row] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     memory: dict[int, Snapshot] = field(default_factory=dict)
     _fits: bool | None = None
+    _made_unsound: set[str] | None = None
 
     # ------------------------------------------------------------------ states to go back to
 
     def look(self) -> Alarm | None:
-        """The alarm if the weights are not finite."""
-        return None if self.parts.updater.finite() else self.unsound()
+        """The alarm if the state is not finite."""
+        return None if self._is_finite() else self.unsound()
+
+    def last_look(self) -> Alarm | None:
+        """The alarm for a state that no run is to end with."""
+        return self.look() or _overflow(self.rows)
+
+    def _is_finite(self) -> bool:
+        """Whether weights are, what the optimizer keeps for them, and running statistics; weights that are
+        not trained may be infinite. What a model is made with counts as finite.
+        """
+        updater, buffers, device = self.parts.updater, self.parts.buffers, self.parts.device
+        if not (updater.weights_are_finite() and updater.state_is_finite()):
+            return False
+        frozen = {n: p for n, p in self.parts.model.named_parameters() if not p.requires_grad}
+        statistics = dict(zip(buffers.statistics, buffers.live(buffers.statistics), strict=True))
+        if are_finite(statistics.values(), device) and not have_nan(frozen.values(), device):
+            return True
+        if self._made_unsound is None:
+            first = self.initial()
+            made = {**first.frozen, **first.model}
+            kept = [{name: made[name] for name in of if name in made} for of in (frozen, statistics)]
+            self._made_unsound = unsound(*kept)
+        return unsound(frozen, statistics) <= self._made_unsound
 
     def remember(self) -> None:
         """Keeps the state, which has been looked at, in memory, if it fits; after the first step."""
@@ -193,7 +225,7 @@ class Healer:
         begun = time.perf_counter()
         before, rules = self.parts.guard.history, self.parts.guard.rules
         slow, resumed = alarm.detector == "D6", alarm.detector == "D7"
-        if not slow and not resumed and self._weights_are_sound(alarm):
+        if self._may_be_the_data(alarm) and self._weights_are_sound(alarm):
             return self._bear(alarm)
         applied = [row.update_ratio for row in self.rows if row.permitted and row.step <= alarm.step]
         if slow and not may_have_done_harm(applied) and not self.parts.guard.reviewed.has_risen():
@@ -239,8 +271,7 @@ class Healer:
             end = max([alarm.step, *ends]) + (1 if slow else _PASS_BY)
             end = max(end, _COMPARED) if compare else end
             again_bad = replay(min(self.total, int(end)), rows)
-            if again_bad is None and not self.parts.updater.finite():
-                again_bad = self.unsound()
+            again_bad = again_bad or self.look() or _overflow(rows)
             losses = [row.loss for row in rows[-_LAST:] if row.permitted]
             if again_bad is None and not losses:
                 again_bad = Stop("no update is applied any more", "")
@@ -277,6 +308,12 @@ class Healer:
             f"from step {alarm.onset} on that differ. Nothing is undone; watched until step {until}"
         )
         return {"step": alarm.step + 1, "detector": alarm.detector, "reason": reason}
+
+    def _may_be_the_data(self, alarm: Alarm) -> bool:
+        """Whether batches may have raised it: hardly, where the state is not finite, or updates are not."""
+        if alarm.detector in ("D0", "D6", "D7"):
+            return False
+        return not any(row.overflowed for row in self.rows if alarm.onset <= row.step <= alarm.step)
 
     def _weights_are_sound(self, alarm: Alarm) -> bool:
         """Whether the losses on the batches before it began are what they were then: so it is not the
@@ -323,7 +360,7 @@ class Healer:
             exact = (row.step if resumed else now[0].step) >= own_from
             if row.step in before and not same_row(before[row.step], row, exact=exact):
                 return row.step
-        return alarm.step if alarm.detector == "D0" and self.parts.updater.finite() else None
+        return alarm.step if alarm.detector == "D0" and self._is_finite() else None
 
     def _remedies(
         self,
@@ -497,6 +534,14 @@ def _target(alarm: Alarm, rollbacks: Sequence[Intervention]) -> int:
     if again:  # it did not last: one state further back
         target = max(0, min(target, again[-1].begins - EVERY))
     return target
+
+
+def _overflow(rows: Reversible[Row]) -> Alarm | None:
+    """The alarm if the last update was not finite, though loss and gradient were: nor will the next be."""
+    last = list(takewhile(lambda row: row.overflowed, reversed(rows)))
+    if not last:
+        return None
+    return Alarm("D5", last[0].step, last[-1].step, f"the last {len(last)} updates were not finite")
 
 
 def same_row(a: Row, b: Row, *, exact: bool) -> bool:

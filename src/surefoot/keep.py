@@ -161,6 +161,7 @@ class Keeper:
             self.due_step = self.every.after(self.state.step)
         self.keep()
         self.settle()
+        self.poisoned = False  # what was: a state that was given up
 
     def finish(self, *, hurry: bool) -> bool:
         """Keeps the state and waits until it is durable; whether it is.

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from surefoot.checkpoint.retention import Retention
+from surefoot.checkpoint.sound import fences, newest_sound
 from surefoot.checkpoint.store import DirectoryStore
 from surefoot.errors import RunDirectoryError
 from surefoot.guard.history import History, Intervention
@@ -14,7 +15,7 @@ from surefoot.identity import digest_of
 from surefoot.record.folder import RunFolder
 from surefoot.record.ledger import Ledger
 from surefoot.record.recorder import Recorder
-from surefoot.resume import TERMINAL, fences, newest_sound
+from surefoot.resume import TERMINAL
 from surefoot.run import RunView
 from surefoot.segments import branches_of
 
@@ -51,7 +52,7 @@ def release(path: str | Path, ids: Sequence[int] | None = None) -> tuple[list[in
     record = None
     try:
         attempt = max((e["attempt"] for e in view.events(all_events=True)), default=1)
-        fence = max(fences(folder), default=attempt)
+        fence = max(fences(folder.checkpoints), default=attempt)
         run = view.identity["id"]
         store = DirectoryStore(
             folder.checkpoints,

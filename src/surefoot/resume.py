@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surefoot.checkpoint.kept import Checkpoint, list_checkpoints
+from surefoot.checkpoint.kept import Checkpoint
 from surefoot.checkpoint.retention import Retention
-from surefoot.checkpoint.snapshot import Snapshot
+from surefoot.checkpoint.sound import check_fence, fences
 from surefoot.checkpoint.store import DirectoryStore
 from surefoot.environment import DECIDES_BITS, differing
-from surefoot.errors import FormatError, RunDirectoryError, StateError
+from surefoot.errors import FormatError, PoisonedError, RunDirectoryError, StateError
 from surefoot.identity import differences, digest_of
 from surefoot.mending import identity_of, put_away_log
 from surefoot.record.events import Event, read_events
@@ -28,6 +28,7 @@ _OTHERWISE = (
 )
 TERMINAL = ("finished", "stopped_early", "diverged")
 """Statuses after which a run does not go on."""
+Rejected = tuple[Checkpoint, StateError]
 
 
 @dataclass
@@ -79,7 +80,7 @@ def begin_or_continue(
         before, mended = identity_of(folder, identity, recipe)
         same_run(before, identity, folder.path)
         events, _ = read_events(folder.events_file)
-        attempt = 1 + max([e["attempt"] for e in events] + fences(folder), default=0)
+        attempt = 1 + max([e["attempt"] for e in events] + fences(folder.checkpoints), default=0)
         mended += put_away_log(folder)
         opened = Opened(store(before["id"], attempt), notes=mended)
         rejected = _restore(state, opened, events, folder)
@@ -87,7 +88,7 @@ def begin_or_continue(
         ended = last.get("status", "")
         if ended == "diverged" or (ended in TERMINAL and state.step == last["step"]):
             opened.ended = ended
-            opened.notes += [f"checkpoint {c.path.name} rejected: {why}" for c, why in rejected]
+            opened.notes += [f"checkpoint {c.path.name} rejected: {error.what}" for c, error in rejected]
             lock.release()
             return opened
         opened.record = Recorder(folder, lock, attempt=attempt)
@@ -109,44 +110,35 @@ def begin_or_continue(
     return opened
 
 
-def fences(folder: RunFolder) -> list[int]:
-    """Numbers of the attempts that wrote checkpoints: events may be lost."""
-    found = []
-    for checkpoint in list_checkpoints(folder.checkpoints):
-        with suppress(StateError):
-            found.append(int(checkpoint.manifest().get("fence", 0)))
-    return found
-
-
-def _restore(
-    state: RunState, opened: Opened, events: list[Event], folder: RunFolder
-) -> list[tuple[Checkpoint, str]]:
-    """Restores the newest sound checkpoint; those that were rejected, and why.
+def _restore(state: RunState, opened: Opened, events: list[Event], folder: RunFolder) -> list[Rejected]:
+    """Restores the newest sound checkpoint; those that were rejected, and why. A run that was stopped when
+    its state was not finite, before it had kept another, begins anew.
 
     Raises:
         StateError: there are or were checkpoints, but none is sound.
     """
     kept = opened.store.checkpoints()
-    rejected: list[tuple[Checkpoint, str]] = []
+    rejected: list[Rejected] = []
     for checkpoint in reversed(kept):
         try:
-            _not_fenced(checkpoint, kept)
+            check_fence(checkpoint, kept)
             state.restore(opened.store.load(checkpoint))
         except FormatError:
             raise
         except StateError as error:
-            rejected.append((checkpoint, error.what))
+            rejected.append((checkpoint, error))
             continue
         opened.checkpoint = checkpoint
         return rejected
-    if rejected:
-        lines = [f"checkpoint {c.path.name} rejected: {why}" for c, why in rejected]
+    had_sound = any(e["kind"] == "checkpointed" for e in events)
+    if rejected and (had_sound or not all(isinstance(error, PoisonedError) for _, error in rejected)):
+        lines = [f"checkpoint {c.path.name} rejected: {error.what}" for c, error in rejected]
         raise StateError(
             "the run has checkpoints, but none is sound.\n  " + "\n  ".join(lines),
             why="Starting anew silently would throw the run away.",
             fix="Restore the folder from a copy, or start anew with another --out.",
         )
-    if any(e["kind"] == "checkpointed" for e in events):
+    if had_sound:
         raise StateError(
             f"{folder.checkpoints} is empty, but the run has kept checkpoints there.",
             why="Starting anew silently would hide that they are lost.",
@@ -158,44 +150,12 @@ def _restore(
             why="The run has taken steps; whether their state was kept cannot be told.",
             fix="Restore the folder from a copy, or start anew with --fresh or another --out.",
         )
-    return []
-
-
-def newest_sound(store: DirectoryStore) -> tuple[Checkpoint, Snapshot]:
-    """The newest checkpoint whose every byte is as it was written.
-
-    Raises:
-        StateError: there is none.
-    """
-    kept = store.checkpoints()
-    for checkpoint in reversed(kept):
-        with suppress(StateError):
-            _not_fenced(checkpoint, kept)
-            return checkpoint, store.load(checkpoint)
-    raise StateError(
-        f"{store.path} holds no sound checkpoint.", fix="surefoot verify RUN says what is damaged."
-    )
-
-
-def _not_fenced(checkpoint: Checkpoint, kept: list[Checkpoint]) -> None:
-    """Refuses what a process wrote after another had taken the run over: its fencing number is below that
-    of an older checkpoint.
-    """
-    fence = checkpoint.manifest().get("fence", 0)
-    for older in kept:
-        if older.seq >= checkpoint.seq:
-            return
-        try:
-            above = older.manifest().get("fence", 0) > fence
-        except StateError:
-            continue
-        if above:
-            raise StateError(f"{checkpoint.path} was written by a process that had lost the run.")
+    return rejected
 
 
 def _tell(
     opened: Opened,
-    rejected: list[tuple[Checkpoint, str]],
+    rejected: list[Rejected],
     changed: dict[str, list[Any]],
     state: RunState,
     folder: RunFolder,
@@ -206,16 +166,17 @@ def _tell(
     record, checkpoint = opened.record, opened.checkpoint
     for note in opened.notes:
         record.event("mended", step=state.step, reason=note)
-    for bad, why in rejected:
-        reason = f"checkpoint {bad.path.name} rejected: {why}"
-        if "is poisoned" not in why:
+    name = checkpoint.path.name if checkpoint else ""
+    for bad, error in rejected:
+        reason = f"checkpoint {bad.path.name} rejected: {error.what}"
+        poisoned = isinstance(error, PoisonedError)
+        if not poisoned:
             with suppress(OSError):  # then it stays where it is
                 opened.store.quarantine(bad, folder.quarantine)
             moved = "It could not be moved" if bad.path.exists() else "Moved"
             reason += f" {moved} to {folder.quarantine.name}/."
-        record.event("checkpoint_rejected", step=state.step, reason=reason)
+        record.event("checkpoint_rejected", step=state.step, reason=reason, poisoned=poisoned, used=name)
         opened.notes.append(reason)
-    name = checkpoint.path.name if checkpoint else ""
     done = state.guard.history.num_decided
     record.event(
         "resumed", step=state.step, checkpoint=name, environment_changed=changed, interventions=done

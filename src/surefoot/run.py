@@ -177,6 +177,7 @@ class RunView:
         if begun.get("run", self.identity["id"]) != self.identity["id"]:
             findings.append(Finding("events.jsonl", f"belongs to another run, {begun['run']}", 0))
         findings += self._missing(events)
+        attempt = max((e["attempt"] for e in events), default=0)
         kept = self.checkpoints()  # first: the log may grow meanwhile
         log, history = lineage(self._rows()), self.history()
         for checkpoint in kept:
@@ -190,8 +191,7 @@ class RunView:
             ]
             if damage:
                 continue
-            then = History.of(facts)
-            if not then.leads_to(history, checkpoint.step):
+            if not History.of(facts).leads_to(history, checkpoint.step) or checkpoint.is_left_by(attempt):
                 continue  # the run went back to before it, and the log has what came then
             findings += [Finding(name, what) for what in self._ledger_findings(checkpoint.step, facts, log)]
         if findings and not live and self._folder.is_running():  # it went on meanwhile

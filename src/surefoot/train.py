@@ -104,7 +104,7 @@ def steps(run: Run) -> Generator[Outcome, None, None]:
             run.status = yield from _attempt(run)
             _end(run)
     except GeneratorExit:
-        run.status = "preempted"
+        run.status = "diverged" if run.state.diverged else "preempted"
         _end(run, reason="the caller left the loop")
         raise
     except Exception as error:
@@ -141,7 +141,7 @@ def _attempt(run: Run) -> Generator[Outcome, None, str]:
     if run.state.diverged:  # a kill came between its last checkpoint and the event that ends it
         return "diverged"
     while True:
-        if guard.pending is not None:
+        if guard.pending is not None and _is_due(run, guard.pending):
             status = _heal(run, guard.pending)
             if status:
                 return status
@@ -191,16 +191,11 @@ def _updates(run: Run, batches: Batches, clock: Clock) -> Generator[Outcome, Non
             slots.step, slots.epoch, state.samples, label.lr, attempt.loss, attempt.grad_norm,
             attempt.update_ratio, attempt.permitted, parts.model, batch,
         )  # fmt: skip
-        if isinstance(verdict, Alarm):
-            settle(run, None, None)
-            parts.guard.pending = verdict
-            yield from _told(run, outcome)
-            return ""
-        if verdict is not None:
-            yield from _told(run, outcome)
-            state.diverged = True
-            record.event("diverged", step=state.step, reason=verdict.reason, fix=verdict.fix)
-            return "diverged"
+        if verdict is not None or parts.guard.pending is not None:
+            status = _noted(run, verdict)
+            if status is not None:
+                yield from _told(run, outcome)
+                return status
         if state.step >= next_validation or state.step == run.total:
             next_validation = run.validate.after(state.step) if run.validate else run.total + 1
             outcome = outcome._replace(metrics=run_validation(run))
@@ -211,23 +206,61 @@ def _updates(run: Run, batches: Batches, clock: Clock) -> Generator[Outcome, Non
         if state.step % EVERY == 0 and parts.guard.on:
             look_at_layers(run, layers_of(parts.model, attempt.trained), attempt.norms)
             if parts.guard.heals:
-                settle(run, None, None)
-                parts.guard.pending = run.healer.look()
-                if parts.guard.pending is None and state.step % run.remembers_every == 0:
+                verdict = _verdict_so_far(run)
+                if verdict is None and state.step % run.remembers_every == 0:
                     run.healer.remember()
             clock.boundary = time.perf_counter()
         keeper.look()
         if keeper.poisoned and parts.guard.heals:
             keeper.poisoned = False
-            parts.guard.pending = run.healer.unsound()
-        if parts.guard.pending is not None:
-            return ""
-        if keeper.due():
-            settle(run, None, None)
+            verdict = verdict or run.healer.unsound()
+        keeps = keeper.due()
+        if keeps:
+            arrived = settle(run, None, None)
+            verdict = verdict or arrived
+        if verdict is not None:
+            status = _noted(run, verdict)
+            if status is not None:
+                return status
+        if keeps:
             with phase("checkpoint"):
                 keeper.keep()
             clock.boundary = time.perf_counter()
+    status = _noted(run, _verdict_so_far(run, ends=True))
+    if status is not None:
+        return status
     return "stopped_early" if state.stopped_early else "finished"
+
+
+def _verdict_so_far(run: Run, *, ends: bool = False) -> Alarm | Stop | None:
+    """On all steps that were taken, and on the state after them."""
+    verdict = settle(run, None, None) or run.parts.guard.pending
+    if verdict is not None or not run.parts.guard.heals:
+        return verdict
+    return run.healer.last_look() if ends else run.healer.look()
+
+
+def _noted(run: Run, verdict: Alarm | Stop | None) -> str | None:
+    """Takes note of a verdict. The status, if no step may be taken now: empty if an alarm comes first."""
+    guard = run.parts.guard
+    if isinstance(verdict, Stop):
+        run.state.diverged = True
+        run.record.event("diverged", step=run.state.step, reason=verdict.reason, fix=verdict.fix)
+        return "diverged"
+    guard.pending = guard.pending or verdict
+    if guard.pending is None or not _is_due(run, guard.pending):
+        return None
+    settle(run, None, None)
+    return ""
+
+
+def _is_due(run: Run, alarm: Alarm) -> bool:
+    """Whether it is seen to now: when its row would have arrived in a run that nothing disturbs. A
+    checkpoint, or a stop, waits for all rows, and may bring an alarm earlier.
+    """
+    state = run.state
+    ends = state.step >= run.total or state.stopped_early
+    return alarm.detector == "D0" or ends or state.step > alarm.step + run.readings.lag
 
 
 def _tell_profile(run: Run, facts: dict[str, Any] | None) -> None:
@@ -297,12 +330,14 @@ def _keep_samples(run: Run, bundle: Path | None, step: int) -> None:
 
 def _finite(run: Run) -> bool:
     """Whether the weights are, and at the end of the run what the optimizer keeps for them; if not, the
-    events say so.
+    events say so. Not asked of a run that heals, and is to go on: it does when it goes on.
     """
-    reason = ""
-    if not run.parts.updater.finite():
+    reason, ends = "", run.status in ("finished", "stopped_early")
+    if run.parts.guard.heals and not ends:
+        return True
+    if not run.parts.updater.weights_are_finite():
         reason = "the weights are not finite: an update overflowed, or the caller changed them"
-    elif run.keeper.poisoned and run.status in ("finished", "stopped_early"):
+    elif run.keeper.poisoned and ends:
         reason = "what the optimizer keeps for the weights is not finite: no update can be applied any more"
     if reason:
         run.record.event("diverged", step=run.state.step, reason=reason)
@@ -315,8 +350,9 @@ def _end(run: Run, **facts: Any) -> None:
     Raises:
         StateError: the disk does not take it.
     """
-    state = run.state
-    settle(run, None, None)
+    state, verdict = run.state, settle(run, None, None)
+    if run.status != "diverged" and _noted(run, verdict) == "diverged":
+        run.status = "diverged"
     if run.profile is not None:
         _tell_profile(run, run.profile.end(state.step))
     kept = run.keeper.finish(hurry=run.status == "preempted")

@@ -123,6 +123,14 @@ class Checkpoint:
         facts: dict[str, Any] = read_json(file)
         return facts
 
+    def is_left_by(self, attempt: int) -> bool:
+        """Whether an attempt has to begin before it: it is an earlier one's, and poisoned."""
+        try:
+            manifest = self.manifest()
+        except StateError:  # it may be on its way out
+            return False
+        return bool(manifest.get("poisoned")) and manifest.get("fence", 0) < attempt
+
     def mark(self, kind: str) -> Path:
         """Where a mark of it lies: ``pin`` or ``certified``."""
         return self.path.with_name(f"{self.path.name}.{kind}")

@@ -27,7 +27,7 @@ from surefoot.checkpoint.retention import LEAST_VERIFIED, Retention, expendable
 from surefoot.checkpoint.snapshot import Snapshot, is_finite
 from surefoot.checkpoint.tensors import load_tensors, safetensors_chunks
 from surefoot.durable import sync_directory
-from surefoot.errors import StateError
+from surefoot.errors import PoisonedError, StateError
 
 
 class DirectoryStore:
@@ -123,7 +123,7 @@ class DirectoryStore:
         """
         checkpoint.verify(self._run)
         if checkpoint.manifest().get("poisoned"):
-            raise StateError(f"{checkpoint.path} is poisoned: it holds numbers that are not finite.")
+            raise PoisonedError(f"{checkpoint.path} is poisoned: it holds numbers that are not finite.")
         frozen = checkpoint.path / "frozen.safetensors"
         self._verified.add(checkpoint.seq)
         return Snapshot(

@@ -17,7 +17,8 @@ class Guard:
         mode: ``"heal"``: updates that are not finite or wild are refused, gradients that are unusually long
             shortened, samples that break a step left out, and a run that diverges goes back to a healthy
             state and goes on otherwise. ``"watch"``: says what it would do, and does nothing. ``"off"``.
-        max_refused_in_a_row: after that many refused updates in a row the run ends as ``diverged``.
+        max_refused_in_a_row: after that many refused updates in a row the run ends as ``diverged``; below 5
+            before it goes back for them.
             (fp16 begins by refusing about a dozen while it finds its loss scale.)
         max_rollbacks: within 10,000 updates; one more, and the run ends as ``diverged``.
         max_rate_cuts: how often in all a rollback may be followed by a lower rate.

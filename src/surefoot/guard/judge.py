@@ -47,6 +47,7 @@ class Judge:
         self._xp: Any = Numbers() if self.on_host else Tensors(device)
         self._losses: list[Any] = []  # that are not taken up yet
         self._norms: list[Any] = []
+        self._full_at = BURN_IN  # so many of them
         self._calm_loss = self._calm_norm = -math.inf
         self._upcoming: tuple[Statistics, Limits] | None = None
 
@@ -65,14 +66,8 @@ class Judge:
         losses = self._losses
         losses.append(loss)
         self._norms.append(norm)
-        if len(losses) >= self._due():
+        if len(losses) >= self._full_at:
             self._take_up()
-
-    def _due(self) -> int:
-        """How many losses there have to be when a block of them is taken up."""
-        if self.seen is None:
-            return BURN_IN
-        return BLOCK if self.num_blocks < YOUNG else BLOCK + LAG
 
     def _take_up(self) -> None:
         if self.seen is None:
@@ -82,7 +77,7 @@ class Judge:
             (self.seen, self.allowed), num = self._next(), BLOCK
             self.num_blocks += 1
         self._losses, self._norms, self._upcoming = self._losses[num:], self._norms[num:], None
-        self._set_bounds()
+        self._follow()
 
     def _next(self) -> tuple[Statistics, Limits]:
         """The statistics with the block that is full, and what follows."""
@@ -100,7 +95,7 @@ class Judge:
         """
         if self.seen is None:
             return 0, -math.inf, -math.inf
-        left = self._due() - len(self._losses) - num
+        left = self._full_at - len(self._losses) - num
         if left > 0:
             return left, self._calm_loss, self._calm_norm
         if len(self._losses) < BLOCK:
@@ -112,7 +107,7 @@ class Judge:
         self._losses += losses
         self._norms += norms
         self.was_high = CALM.high
-        if len(self._losses) >= self._due():
+        if len(self._losses) >= self._full_at:
             self._take_up()
 
     def decide(self, loss: Any, norm: Any) -> Decision:
@@ -140,7 +135,10 @@ class Judge:
     def _early(self) -> Limits:
         return limits(self._xp, self._begun(), early=True)
 
-    def _set_bounds(self) -> None:
+    def _follow(self) -> None:
+        """What follows from `seen` and `num_blocks`."""
+        block = BLOCK if self.num_blocks < YOUNG else BLOCK + LAG
+        self._full_at = BURN_IN if self.seen is None else block
         self._calm_loss = self._calm_norm = -math.inf
         if self.allowed is not None and self.on_host:
             self._calm_loss, self._calm_norm = calm_below(self.allowed)
@@ -170,7 +168,7 @@ class Judge:
         self.num_blocks = state.get("num_blocks", 0)
         self.was_high, self._upcoming = state.get("was_high", False), None
         self.allowed = None if self.seen is None else limits(self._xp, self.seen)
-        self._set_bounds()
+        self._follow()
 
 
 def _as_json(seen: Statistics) -> list[Any]:

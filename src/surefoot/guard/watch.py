@@ -78,15 +78,13 @@ class Watch:
             if growth is None or not self.on or permit.verdict != FINE or growth <= self.most_growth(step):
                 return permit
             return Permit(_NO if self.heals else _YES, STATISTICS_SPIKE, permit.clip)
-        if self.on:
-            self._begin_anew(step)
+        self._begin_anew(step)
         most = self.most_growth(step)
         permitted, verdict, clip = self.permit_by(
             self.judge.take, loss, grad_norm, growth, most=most, scaled=scaled
         )
         if isinstance(verdict, Tensor) and isinstance(clip, Tensor):  # it heals
-            limit = self.history.most_norm(step)
-            if limit is not None:
+            if (limit := self.history.most_norm(step)) is not None:
                 clip = torch.minimum(clip, torch.clamp(limit / grad_norm.double(), max=1.0))
             if self.history.sits_out(step):
                 permitted, verdict = torch.zeros_like(permitted), torch.full_like(verdict, SAT_OUT)
@@ -224,6 +222,8 @@ class Watch:
         if not self.on:
             return None
         bears = bool(self.history.interventions) and self.history.bears(step)
+        if verdict == FINE and not permitted:  # the update is not finite
+            verdict, bears = NOT_FINITE, False
         return self.reviewed.look(step=step, loss=loss, verdict=verdict, expected=expected, bears=bears)
 
     def state_dict(self) -> dict[str, Any]:

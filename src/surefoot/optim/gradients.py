@@ -34,7 +34,7 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     return norm
 
 
-def norms_of(tensors: Sequence[Tensor], order: int = 2) -> Tensor:
+def norms_of(tensors: Sequence[Tensor], order: float = 2) -> Tensor:
     """2-norm of each, or another: 1-d."""
     if torch.compiler.is_compiling():  # torch._foreach_norm would stay a call into Python
         return torch.stack([torch.linalg.vector_norm(t, order) for t in tensors])

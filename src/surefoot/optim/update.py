@@ -11,10 +11,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from surefoot.optim.direct import fused_sgd_step
+from surefoot.optim.finite import are_finite, have_nan
 from surefoot.optim.flat import EndToEnd, Flat, end_to_end
 from surefoot.optim.gradients import global_norm
 from surefoot.optim.rates import DeviceRates
 from surefoot.optim.uncompiled import bare_step
+from surefoot.optim.undo import Undo
 
 _WELL_KNOWN = {
     torch.optim.SGD,
@@ -105,7 +107,7 @@ class Updater:
             return torch.zeros_like(self._unmeasured), permitted
         measured = self.measures(step)
         undo = (
-            None if self.asks_device or self._tame(grad_norm, multiplier, heals) else _Undo(self.optimizer)
+            None if self.asks_device or self._tame(grad_norm, multiplier, heals) else Undo(self.optimizer)
         )
         copies = None
         if measured or undo is not None:  # what is seldom used is not kept: it is twice the weights' size
@@ -200,40 +202,22 @@ class Updater:
     def _new_copies(self) -> tuple[Flat, Flat]:
         return Flat(self.params), Flat(self.params)
 
-    def finite(self) -> bool:
-        """Whether all weights are."""
+    def weights_are_finite(self) -> bool:
+        """Whether all that are trained are."""
         self._follow()
         return math.isfinite(global_norm(self.params).item())
 
-
-class _Undo:
-    """The state of an optimizer before a step, to go back to."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self._state = {
-            p: {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in slots.items()}
-            for p, slots in optimizer.state.items()
-        }
-
     def state_is_finite(self) -> bool:
-        """Whether the state after the step is, where it was before."""
-        for p, slots in self._optimizer.state.items():
-            for name, value in slots.items():
-                if isinstance(value, Tensor) and value.ndim and not torch.isfinite(value).all():
-                    before = self._state.get(p, {}).get(name)
-                    if before is None or torch.isfinite(before).all():
-                        return False
-        return True
-
-    def __call__(self) -> None:
-        """Goes back."""
-        for p, slots in list(self._optimizer.state.items()):
-            if p not in self._state:
-                del self._optimizer.state[p]
-                continue
-            for name, value in self._state[p].items():
-                if isinstance(value, Tensor):
-                    slots[name].copy_(value)
-                else:
-                    slots[name] = value
+        """Whether what the optimizer keeps for the weights is; of what is a single number for each of
+        them, and may be infinite, whether it is a number.
+        """
+        kept = [
+            (name, value)
+            for slots in self.optimizer.state.values()
+            for name, value in slots.items()
+            if isinstance(value, Tensor)
+        ]
+        of_weights, device = {name for name, value in kept if value.ndim}, self.params[0].device
+        return are_finite((value for name, value in kept if name in of_weights), device) and not have_nan(
+            (value for name, value in kept if name not in of_weights), device
+        )

@@ -257,13 +257,16 @@ def _poisoned(event: Event) -> Incident:
 
 
 def _rejected(event: Event) -> Incident:
+    poisoned, used = event.get("poisoned", False), event.get("used", "an earlier one")
     return _incident(
         event,
-        "a damaged checkpoint was passed over",
-        "damaged-files",
+        f"a {'state that was not sound' if poisoned else 'damaged checkpoint'} was passed over",
+        "checkpoint-failed" if poisoned else "damaged-files",
         cause=event["reason"],
-        action="an earlier one was used",
-        advice="Look after the disk: surefoot verify RUN names every damaged file.",
+        action=f"{used} was used" if used else "the run began anew, since it had kept no other",
+        advice="Nothing: see why it was not sound."
+        if poisoned
+        else "Look after the disk: surefoot verify RUN names every damaged file.",
     )
 
 

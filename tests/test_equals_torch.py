@@ -492,16 +492,6 @@ def test_the_compiler_is_kept_out_by_several_threads(monkeypatch):
     assert vars(method).get("__dynamo_disable") is not method
 
 
-def test_a_parameter_in_the_place_of_another_is_told(tmp_path):
-    def replaces():
-        for out in sf.steps(recipe(until=9), out=tmp_path / "run"):
-            if out.step == 3:
-                out.model[0].weight = nn.Parameter(out.model[0].weight.detach().clone())
-
-    with pytest.raises(sf.StateError, match="no longer the model's"):
-        replaces()
-
-
 @pytest.mark.parametrize("spec", [sf.AdamW(lr=0.01), sf.SGD(lr=0.1, momentum=0.9)])
 def test_which_kernels_is_of_the_device_and_not_of_the_state(spec):
     """A run that went on on a GPU, where these are fused, goes on on a CPU as torch would there."""

@@ -40,6 +40,7 @@ from surefoot.operations import Operations, seconds
 from surefoot.optim.buffers import Buffers
 from surefoot.optim.groups import parameter_groups, table
 from surefoot.optim.patience import EarlyStopping, Patience
+from surefoot.optim.places import Places
 from surefoot.optim.precision import Precision
 from surefoot.optim.schedules import Plateau, Resolved, resolve
 from surefoot.optim.specs import build_optimizer
@@ -279,6 +280,7 @@ def _assemble(
         objective=recipe.objective,
         weigh=recipe.objective.weigh if isinstance(recipe.objective, Weighing) else None,
         params=params,
+        places=Places(model, params),
         buffers=Buffers(model, rows=micro),
         transforms=recipe.gradient,
         guard=guard,

@@ -27,6 +27,7 @@ from surefoot.measure.profile import phase
 from surefoot.measure.readings import RowNumbers
 from surefoot.optim.buffers import Buffers
 from surefoot.optim.gradients import global_norm, norms_of
+from surefoot.optim.places import Places
 from surefoot.optim.precision import Precision
 from surefoot.optim.update import Updater
 from surefoot.parallel.device import Kernels
@@ -50,6 +51,7 @@ class Parts:
     objective: Objective
     weigh: Callable[[Tree], Tensor | None] | None
     params: Sequence[nn.Parameter]
+    places: Places
     buffers: Buffers
     transforms: Sequence[GradientTransform]
     guard: Watch
@@ -172,6 +174,10 @@ def gradients(
     found = [param.grad for param in parts.params]
     grads, trained = [grad for grad in found if grad is not None], list(parts.params)
     if len(grads) < len(found):
+        missed = [param for param, grad in zip(parts.params, found, strict=True) if grad is None]
+        if parts.places.put_back(missed):
+            found = [param.grad for param in parts.params]
+            grads = [grad for grad in found if grad is not None]
         trained = [param for param, grad in zip(trained, found, strict=True) if grad is not None]
     if not grads:
         raise RecipeError(
@@ -252,6 +258,7 @@ def accumulate(
     loss = parts.strategy.sum(loss_sum)
     if weight_sum is not None:
         late = positive(parts.strategy.sum(weight_sum))
+        parts.places.put_back([param for param in parts.params if param.grad is None])
         grads = [param.grad for param in parts.params if param.grad is not None]
         torch._foreach_div_(grads, late)
         loss = loss / late

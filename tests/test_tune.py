@@ -1,6 +1,7 @@
 """Measuring how to compute: all is tried, what is best is written, and nothing is learned otherwise."""
 
 import math
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,8 @@ import surefoot as sf
 from surefoot.choice import Kept, Question, choose
 from surefoot.errors import OperationsError
 from surefoot.operations import Operations
-from surefoot.tune.compute import tune_compute, write_settings
+from surefoot.tune.compute import tune_compute
+from surefoot.tune.settings import write_settings
 
 
 def conv():
@@ -35,18 +37,54 @@ def keys(tuned):
 @pytest.mark.timeout(300)
 def test_alternatives_are_tried_beside_the_best_so_far(monkeypatch):
     monkeypatch.setattr("surefoot.tune.compute._LEAST_TURN_S", 0.01)
-    before = torch.get_num_threads()
-    told: list[str] = []
-    tuned = tune_compute(images(until=10**9), Operations(compute={"threads": 2}), say=told.append)
-    assert torch.get_num_threads() == before
+    before, told = torch.get_num_threads(), list[str]()
+    found = Operations(compute={"threads": 1, "layout": "channels_last", "compile": "on"})  # earlier
+    try:
+        torch.set_num_threads(2)
+        tuned = tune_compute(images(until=10**9), found, say=told.append)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
     tried = [one.settings for one in tuned.tried]
-    assert tried[0] == {"compute.compile": "off", "compute.threads": 2}
-    assert any(one.get("compute.layout") == "channels_last" for one in tried)
+    assert tried[0] == {
+        "compute.compile": "off", "compute.threads": 2, "compute.layout": "contiguous",
+    }  # fmt: skip
+    assert any(one["compute.layout"] == "channels_last" for one in tried)
     assert any(one["compute.threads"] == 1 for one in tried)
-    assert any(one["compute.compile"] == "on" for one in tried)
+    assert {one.compiled for one in tuned.tried if one.settings["compute.compile"] == "on"} == {"step"}
+    assert all(tried.count(one) == 1 for one in tried)
     assert len(told) == len(tried)
     assert tuned.best in tuned.tried
     assert all(one.step_s > 0 and not one.why_not for one in tuned.tried)
+    best = tuned.tried[0]
+    for one in tuned.tried[1:]:
+        best = one if one.beside < 0.97 else best
+    assert tuned.best is best
+
+
+def test_what_is_held_is_not_varied(monkeypatch):
+    monkeypatch.setattr("surefoot.tune.compute._LEAST_TURN_S", 0.01)
+    asked = Operations(compute={"threads": 1, "compile": "off"})
+    tuned = tune_compute(images(), asked, held=["compute.threads", "compute.compile"])
+    assert [one.settings for one in tuned.tried] == [
+        {"compute.layout": "contiguous"}, {"compute.layout": "channels_last"},
+    ]  # fmt: skip
+
+
+class Rolls(nn.Linear):
+    """Draws by Python's generator, so that it is not compiled."""
+
+    def forward(self, x):
+        return super().forward(x) * (0.9 + 0.2 * random.random())
+
+
+def test_an_alternative_that_compiles_nothing_is_told_and_never_the_fastest(monkeypatch):
+    monkeypatch.setattr("surefoot.tune.compute._LEAST_TURN_S", 0.01)
+    tuned = tune_compute(recipe(model=lambda: Rolls(8, 3), until=10**9), Operations())
+    on = [one for one in tuned.tried if one.settings["compute.compile"] == "on"]
+    assert on
+    assert all("not compiled: the model draws from" in one.why_not for one in on)
+    assert tuned.best.settings["compute.compile"] == "off"
 
 
 class Pairs(torch.utils.data.Dataset):
@@ -65,7 +103,7 @@ def test_workers_are_tried_where_they_matter_and_what_fails_is_told(monkeypatch)
     with pytest.raises(sf.RecipeError, match="the first step failed"):
         tune_compute(recipe(model=lambda: nn.Linear(7, 3)), Operations())
     tuned = tune_compute(recipe(data=sf.Dataset(Pairs()), until=5), Operations(compute={"threads": 1}))
-    assert {one.settings.get("data.workers") for one in tuned.tried} == {None, 1, 2}
+    assert {one.settings["data.workers"] for one in tuned.tried} == {0, 1, 2}
     assert tuned.best.settings["compute.compile"] == "off"  # five updates do not pay for a compiler
 
 
@@ -84,9 +122,33 @@ def test_a_file_keeps_what_else_it_holds(tmp_path):
 
     found = gather(path, {}, {})
     assert (found.compute.compile, found.compute.threads, found.data.workers) == ("on", 4, 2)
+    path.write_bytes(b"# ours\r\n[compute]\r\nthreads = 4\r\n")
+    write_settings({"compute.threads": 2}, path)
+    assert path.read_bytes() == b"# ours\r\n[compute]\r\nthreads = 2\r\n"
+    linked = tmp_path / "link" / "surefoot.toml"
+    linked.parent.mkdir()
+    linked.symlink_to(path)
+    write_settings({"compute.threads": 3}, linked)
+    assert linked.is_symlink()
+    assert b"threads = 3" in path.read_bytes()
     path.write_text("[compute")
-    with pytest.raises(OperationsError, match="could not be written"):
+    with pytest.raises(OperationsError, match="cannot be written"):
         write_settings({"compute.compile": "on"}, path)
+    assert path.read_text() == "[compute"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "surefoot.toml"]
+
+
+@pytest.mark.parametrize("blocked", ["folder", "nowhere"])
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, blocked):
+    file = tmp_path / "digits.py"
+    file.write_text((ROOT / "examples/digits.py").read_text())
+    path = tmp_path / "surefoot.toml"
+    path.mkdir() if blocked == "folder" else path.symlink_to(tmp_path / "nowhere" / "x.toml")
+    done = surefoot("tune", "compute", file)
+    assert done.returncode == 2
+    assert "surefoot.toml cannot be written" in done.stderr
+    assert "only measure: --dry-run" in done.stderr
+    assert "ms/update" not in done.stdout
 
 
 def test_on_the_command_line(tmp_path):
@@ -97,6 +159,10 @@ def test_on_the_command_line(tmp_path):
     assert "ms/update" in done.stdout
     assert "fastest, written to" in done.stdout
     assert "[compute]" in (tmp_path / "surefoot.toml").read_text()
+    again = surefoot("tune", "compute", file, "epochs=1", "--set", "compute.threads=1", "--dry-run")
+    assert again.returncode == 0, again.stderr
+    assert "not varied, since it is set: compute.threads" in again.stdout
+    assert "threads 1" not in again.stdout
     trained = surefoot("train", file, "epochs=1", "hidden=16", "--out", tmp_path / "run")
     assert trained.returncode == 0, trained.stderr
     wrong = surefoot("tune", "compute", file, "epoch=1", "--dry-run")

@@ -225,6 +225,11 @@ def gather(toml: Path | None, environment: Mapping[str, str], flags: Mapping[str
         ("--set", flags),
     ):
         for key, value in settings.items():
+            if any(known.startswith(f"{key}.") for known in known_keys()):
+                raise OperationsError(
+                    f"{source}: {key} = {value!r}, which is a section.",
+                    fix=f"Give one of its keys: {', '.join(k for k in known_keys() if k.startswith(key))}.",
+                )
             if key not in known_keys():
                 raise OperationsError(f"{source}: unknown key {key!r}.", fix=nearest(key, known_keys()))
             section: dict[str, Any] = values
@@ -235,13 +240,20 @@ def gather(toml: Path | None, environment: Mapping[str, str], flags: Mapping[str
     return Operations(**values)
 
 
+def keys_set(environment: Mapping[str, str], flags: Mapping[str, Any]) -> set[str]:
+    """Dotted keys that an environment and flags give."""
+    return {*_from_environment(environment), *flags}
+
+
 def _from_toml(path: Path | None) -> dict[str, Any]:
     if path is None or not path.is_file():
         return {}
     try:
         tables = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise OperationsError(f"{path} is not TOML: {error}") from None
+        raise OperationsError(
+            f"{path} is not TOML: {error}", fix='Mend it; sections are [compute], texts are "auto".'
+        ) from None
     return dict(_dotted(tables, ""))
 
 
@@ -273,4 +285,7 @@ def _explain(error: ValidationError) -> OperationsError:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return OperationsError(f"operations: unknown key {key!r}.", fix=nearest(key, known_keys()))
-    return OperationsError(f"operations: {key} = {first['input']!r}: {first['msg']}.")
+    return OperationsError(
+        f"operations: {key} = {first['input']!r}: {first['msg']}.",
+        fix="surefoot train --help lists all keys.",
+    )

@@ -2,7 +2,7 @@
 
 What is measured are updates as a run takes them, without a run directory. Layout, threads, compilation and
 workers are tried one after another, each beside the best so far: a few minutes do, where all combinations
-would take an hour.
+would take an hour. All begin at what torch does by itself, whatever an earlier measurement found.
 """
 
 from __future__ import annotations
@@ -10,23 +10,24 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import tomlkit
 import torch
 from torch import nn
 
+from surefoot.choice import Extent
 from surefoot.course import Course, Silence, callers_generators, first_failure, update
 from surefoot.data.feed import Feed
-from surefoot.errors import OperationsError, SurefootError
+from surefoot.errors import SurefootError
 from surefoot.operations import Operations
 from surefoot.prepare import Prepared, prepare
 from surefoot.protocols import KeyedSource
 from surefoot.recipe import Recipe
 
+VARIED = ("compute.compile", "compute.threads", "compute.layout", "data.workers")
+"""Keys of operations whose values are tried."""
 _ROUNDS = 7
 _LEAST_TURN_S = 0.2
 _WARM, _WARM_ON_GPU, _WARM_S = 3, 80, 20.0
@@ -43,13 +44,15 @@ _CLEARLY = 0.97
 @dataclass(frozen=True)
 class Tried:
     """An alternative. settings: keys of operations. step_s: median of an update. prepare_s: until the
-    first. rows: samples in a batch. why_not: it could not be tried.
+    first. compiled: see `surefoot.choice.Extent`. beside: time of a whole run
+    over that of the best before it, the two measured in turns. why_not: it could not be tried.
     """
 
     settings: dict[str, Any]
     step_s: float
     prepare_s: float
-    rows: int
+    compiled: Extent = ""
+    beside: float = 1.0
     why_not: str = ""
 
     def run_s(self, updates: int) -> float:
@@ -67,89 +70,103 @@ class Tuned:
 
 
 def tune_compute(
-    recipe: Recipe, operations: Operations, *, say: Callable[[str], None] = lambda text: None
+    recipe: Recipe,
+    operations: Operations,
+    *,
+    held: Collection[str] = (),
+    say: Callable[[str], None] = lambda text: None,
 ) -> Tuned:
     """Measures alternatives for a recipe on this machine.
 
     Args:
-        operations: what they are applied to.
+        operations: what they are applied to: of what is varied, only the values that are held count.
+        held: keys that are not varied.
         say: is told of each.
 
     Raises:
         UsageError: recipe or operations are not in order.
     """
-    threads_before = torch.get_num_threads()
-    tried: list[Tried] = []
+    threads = torch.get_num_threads()
     try:
         with callers_generators():
-            made = prepare(recipe, _with(operations, {"compute.compile": "off"}))
-            total = made.total
+            eager = {"compute.compile": "off", "compute.threads": threads}
+            made = prepare(recipe, _with(operations, eager))
+            tried: list[Tried] = []
             best: Tried | None = None
-            for more in _alternatives(recipe, made):
-                base = {} if best is None else best.settings
-                settings = {"compute.compile": "off", **base, **more}
-                one, again = _beside(recipe, operations, settings, best)
+            for values in _alternatives(recipe, made, threads):
+                free = {key: value for key, value in values.items() if key not in held}
+                settings = free if best is None else best.settings | free
+                if any(settings == one.settings for one in tried):
+                    continue
+                one = _beside(recipe, operations, settings, best, made.total)
                 tried.append(one)
                 say(f"{told(one.settings)}: {one.why_not or f'{1e3 * one.step_s:.3g} ms'}")
-                if one.why_not:
-                    continue
-                if best is None or one.run_s(total) < _CLEARLY * again.run_s(total):
+                if best is None or (not one.why_not and one.beside < _CLEARLY):
                     best = one
     finally:
-        torch.set_num_threads(threads_before)
+        torch.set_num_threads(threads)
     assert best is not None
-    return Tuned(tried, best, total)
+    return Tuned(tried, best, made.total)
 
 
-def _alternatives(recipe: Recipe, made: Prepared) -> Iterator[dict[str, Any]]:
-    """Settings to be tried on top of the best so far."""
-    now = torch.get_num_threads()
-    yield {"compute.threads": now}
-    if any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in made.model.modules()):
+def _alternatives(recipe: Recipe, made: Prepared, threads: int) -> Iterator[dict[str, Any]]:
+    """What torch does by itself with so many threads; then what is tried on top of the best so far."""
+    convolves = any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in made.model.modules())
+    keyed = isinstance(recipe.data, KeyedSource)
+    layout = {"compute.layout": "contiguous"} if convolves else {}
+    workers = {"data.workers": 0} if keyed else {}
+    yield {"compute.compile": "off", "compute.threads": threads, **layout, **workers}
+    if convolves:
         yield {"compute.layout": "channels_last"}
-    fewer = sorted({1, max(1, now // 2)} - {now}) if made.device.type == "cpu" else []
-    for threads in fewer:
-        yield {"compute.threads": threads}
-    for threads in [*fewer, now]:  # what is best for eager steps need not be so
-        yield {"compute.compile": "on", "compute.threads": threads}
-    if isinstance(recipe.data, KeyedSource):
-        for workers in sorted({1, now, 2 * now}):
-            yield {"data.workers": workers}
+    fewer = sorted({1, max(1, threads // 2)} - {threads}) if made.device.type == "cpu" else []
+    for num in fewer:
+        yield {"compute.threads": num}
+    for num in [*fewer, threads]:  # what is best for eager steps need not be so
+        yield {"compute.compile": "on", "compute.threads": num}
+    if keyed:
+        for num in sorted({1, threads, 2 * threads}):
+            yield {"data.workers": num}
 
 
 def _beside(
-    recipe: Recipe, operations: Operations, settings: Mapping[str, Any], best: Tried | None
-) -> tuple[Tried, Tried]:
-    """An alternative and the best so far, measured in turns."""
+    recipe: Recipe, operations: Operations, settings: dict[str, Any], best: Tried | None, total: int
+) -> Tried:
+    """An alternative, measured in turns with the best so far."""
     runs: list[_Updates] = []
     try:
         runs.append(_Updates(recipe, operations, settings))
+        if best is not None and settings.get("compute.compile") == "on" and not runs[0].choice.compiled:
+            return _untried(settings, runs[0].choice.reason)
         if best is not None:
             runs.append(_Updates(recipe, operations, best.settings))
         for turn in range(_ROUNDS):
             for run in runs if turn % 2 else reversed(runs):
                 run.turn()
-        measured = [run.tried() for run in runs]
-        return measured[0], measured[-1]
+        one, again = runs[0].tried(), runs[-1].tried()
+        return replace(one, beside=one.run_s(total) / again.run_s(total))
     except Exception as error:
         if best is None and isinstance(error, SurefootError | OSError | MemoryError):
             raise
         if best is None:
             raise first_failure("first step", error) from error
-        why_not = str(error).splitlines()[0]
-        return Tried(dict(settings), float("nan"), 0.0, best.rows, why_not), best
+        return _untried(settings, str(error).splitlines()[0])
     finally:
         for run in runs:
             run.close()
 
 
+def _untried(settings: dict[str, Any], why_not: str) -> Tried:
+    return Tried(settings, float("nan"), 0.0, why_not=why_not)
+
+
 class _Updates:
-    """Updates of a recipe under some settings, to be taken in turns."""
+    """Updates of a recipe under some settings, to be taken in turns. choice: whether they are compiled."""
 
     def __init__(self, recipe: Recipe, operations: Operations, settings: Mapping[str, Any]) -> None:
         self._settings = dict(settings)
         begun = time.perf_counter()
         made = prepare(recipe, _with(operations, settings))
+        self.choice = made.choice
         self._threads = torch.get_num_threads()
         feed: Feed = made.feed(lambda kind, **facts: None)
         self._course: Course = made.course(feed, None, Silence(), deque(maxlen=1))  # type: ignore[arg-type]
@@ -161,7 +178,6 @@ class _Updates:
         self._wait()
         self._prepare_s = time.perf_counter() - begun
         self._times: list[float] = []
-        self._rows = made.plan.batch_size
 
     def turn(self) -> None:
         """Some updates, for a fifth of a second at least."""
@@ -184,7 +200,8 @@ class _Updates:
 
     def tried(self) -> Tried:
         """What came out."""
-        return Tried(self._settings, statistics.median(self._times), self._prepare_s, self._rows)
+        step_s = statistics.median(self._times)
+        return Tried(self._settings, step_s, self._prepare_s, self.choice.compiled)
 
     def close(self) -> None:
         """Ends workers."""
@@ -206,19 +223,3 @@ def _with(operations: Operations, settings: Mapping[str, Any]) -> Operations:
             section = section[part]
         section[leaf] = value
     return Operations(**values)
-
-
-def write_settings(settings: Mapping[str, Any], path: Path) -> None:
-    """Puts dotted settings into a TOML file; what else it holds stays, comments too.
-
-    Raises:
-        OperationsError: it is not TOML, or cannot be written.
-    """
-    try:
-        document = tomlkit.parse(path.read_text()) if path.exists() else tomlkit.document()
-        for key, value in settings.items():
-            section, _, leaf = key.partition(".")
-            document.setdefault(section, tomlkit.table())[leaf] = value
-        path.write_text(tomlkit.dumps(document))
-    except (OSError, ValueError) as error:
-        raise OperationsError(f"{path} could not be written: {error}") from None

@@ -208,6 +208,33 @@ def test_a_request_to_stop_keeps_the_state_and_exits_75(tmp_path, uninterrupted,
     assert_equal_runs(path, uninterrupted())
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("pause_s", [0.002, 0.05])
+def test_signals_that_come_until_it_has_ended_change_nothing_of_the_exit_code(tmp_path, number, pause_s):
+    """A scheduler asks again, a person presses Ctrl-C again: while the state is kept, while the interpreter
+    ends.
+    """
+    arguments = ("train", EVERYTHING, "epochs=500", "--out", tmp_path / "run")
+    process = surefoot_process(*arguments, "--set", "data.workers=0", fresh=True)
+    try:
+        while newest_step(tmp_path / "run") < 5:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        while process.poll() is None:
+            time.sleep(pause_s)
+            process.send_signal(number)
+        _, err = process.communicate()
+    finally:
+        process.kill()
+    assert process.returncode == 75, err
+    assert "Traceback" not in err
+    assert "ignored" not in err
+    if number == signal.SIGTERM:  # the other, again and again, cuts short what notes the end, too
+        assert sf.open_run(tmp_path / "run").summary()["status"] == "preempted"
+    assert sf.open_run(tmp_path / "run").verify() == []
+
+
 def test_leaving_the_loop_keeps_the_state(tmp_path, fit):
     for outcome in sf.steps(recipe(), out=tmp_path / "left"):
         if outcome.step == 5:

@@ -274,7 +274,7 @@ def test_a_second_ctrl_c_right_after_the_first_changes_nothing(gap_s):
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert (process.returncode, err) == (75, "interrupted\n")
+    assert (process.returncode, err) == (75, "interrupted; run the same command to go on\n")
 
 
 def test_a_run_that_goes_on_while_it_is_verified_is_looked_at_again(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -53,14 +54,18 @@ def main() -> None:
     Exit codes: 0 finished; 1 failed; 2 bad usage or recipe; 3 diverged; 4 budget reached; 75
     interrupted, the same command continues.
     """
+    atexit.register(_end_deaf)  # before all others, so that it is called after them
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
         app(prog_name="surefoot")
     except _Interrupted:
-        err.print("interrupted")
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # for what may hang while the interpreter ends
+        err.print("interrupted; run the same command to go on")
+        _leave_when_asked(INTERRUPTED)
         sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        _leave_when_asked(end.code if isinstance(end.code, int) else bool(end.code))
+        raise
     except BrokenPipeError:  # the reader of a pipe has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -76,6 +81,28 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one changes nothing any more
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise _Interrupted
+
+
+def _leave_when_asked(code: int) -> None:
+    """From now on signals end the process, with that exit code: something may hang while it ends."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        with suppress(Exception):
+            sys.stdout.flush()
+        os._exit(code)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+
+
+def _end_deaf() -> None:
+    """The last thing that Python calls: what comes after it must not take the place of the exit code. If
+    the interpreter does not end within a minute, an alarm ends it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(60)
 
 
 @contextmanager

@@ -111,6 +111,8 @@ def test_a_bad_recipe_exits_2_with_nothing_written(tmp_path, name):
 
 BAD_USES = {
     "no such file": (["nope.py"], "there is no such file"),
+    "a folder as file": (["full"], "full: that is no file"),
+    "a section": (["my_recipe.py", "--set", "compute=5"], "Give one of its keys: compute.compile,"),
     "no such option": (["my_recipe.py", "lrr=1"], "Did you mean 'lr'?"),
     "no value": (["my_recipe.py", "lr"], "Write key=value"),
     "wrong type": (["my_recipe.py", "epochs=two"], "option epochs = 'two'"),
@@ -138,6 +140,7 @@ def test_bad_usage_exits_2_with_nothing_written(tmp_path, name):
     done = surefoot("train", *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert says in done.stderr + done.stdout
+    assert "fix:" in done.stderr or "Usage" in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
     assert listing(tmp_path) == before
 
@@ -157,6 +160,7 @@ def test_a_bad_recipe_file(tmp_path, code, says):
     done = surefoot("train", write(tmp_path, code=code), cwd=tmp_path)
     assert done.returncode == 2
     assert says in done.stderr
+    assert "fix:" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -214,6 +218,11 @@ def test_operations_come_from_file_environment_and_flags_in_that_order(tmp_path)
     bad = surefoot("train", file, "--out", tmp_path / "a")
     assert bad.returncode == 2
     assert "data.workers = 'x'" in bad.stderr
+    (tmp_path / "surefoot.toml").write_text("[checkpoint\n")
+    bad = surefoot("train", file, "--out", tmp_path / "a")
+    assert bad.returncode == 2
+    assert "surefoot.toml is not TOML" in bad.stderr
+    assert "fix: Mend it" in bad.stderr
     (tmp_path / "surefoot.toml").write_text("[checkpoint]\nevery = 1\nkeep_last = 7\n")
     assert surefoot("train", file, "--out", tmp_path / "a").returncode == 0
     assert len(list((tmp_path / "a/checkpoints").iterdir())) == 7
@@ -288,6 +297,7 @@ def test_a_recipe_file_that_breaks_is_told_with_its_line(tmp_path):
     done = surefoot("train", "mine.py", cwd=tmp_path)
     assert done.returncode == 2
     assert "mine.py: loading it raised KeyError in line 2: 'rate'" in done.stderr
+    assert "rate = settings['rate']" in done.stderr
 
 
 def test_an_interrupt_within_the_imports_leaves_no_traceback():

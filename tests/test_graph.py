@@ -358,6 +358,20 @@ def test_healing_is_the_same_however_seldom_states_are_kept(tmp_path, monkeypatc
     assert math.isfinite(found[0][1]["loss"][-1])
 
 
+def test_what_takes_a_while_is_told_before_it_does(tmp_path, monkeypatch):
+    """A compiler may take half a minute."""
+    told = list[str]()
+
+    def say(text):
+        assert not (tmp_path / "run").exists()
+        told.append(text)
+
+    build(recipe(), RunFolder(tmp_path / "run"), COMPILED, say=say)
+    assert told == ["compiling the whole step, before the first; --compile off does without"]
+    build(recipe(), RunFolder(tmp_path / "eager"), Operations(), say=told.append)
+    assert len(told) == 1
+
+
 def test_a_callers_profiler_sees_each_step(tmp_path):
     with torch.profiler.profile() as seen:
         run(recipe(until=150), tmp_path / "run", Operations(compute={"compile": "on"}, progress="off"))

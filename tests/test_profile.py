@@ -41,6 +41,23 @@ def test_a_run_shorter_than_its_profile_and_one_that_is_left(tmp_path):
     done = sf.fit(recipe(until=2), out=tmp_path / "none", operations=sf.Operations(profile=100))
     assert done.status == "finished"
     assert not (tmp_path / "none/profiles").exists()
+    assert why_none(done.run_dir) == "the attempt ended within the 3 steps that warm up"
+
+
+def why_none(run):
+    (told,) = [e for e in sf.open_run(run).events() if e["kind"] == "not_profiled"]
+    return told["reason"]
+
+
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path):
+    plain = sf.fit(recipe(), out=tmp_path / "plain")
+    for outcome in sf.steps(recipe(), out=tmp_path / "run"):
+        if outcome.step == 2:
+            (tmp_path / "run/profiles").touch()
+            break
+    done = sf.fit(recipe(), out=tmp_path / "run", operations=sf.Operations(profile=4))
+    assert (done.status, done.digest) == ("finished", plain.digest)
+    assert "could not be written" in why_none(done.run_dir)
 
 
 def test_on_the_command_line(tmp_path):
@@ -49,6 +66,12 @@ def test_on_the_command_line(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert f"profile of steps 3 to 5: {tmp_path}/run/profiles/steps-3-5.json" in done.stderr
+    again = surefoot(
+        "train", ROOT / "examples/digits.py", "epochs=1", "--out", tmp_path / "run", "--profile", "3"
+    )
+    assert "no profile: the run has ended" in again.stderr
+    few = ("train", ROOT / "examples/digits.py", "epochs=1", "batch=1000", "--out", tmp_path / "few")
+    assert "no profile: the attempt ended within" in surefoot(*few, "--profile", "3").stderr
     wrong = surefoot("train", ROOT / "examples/digits.py", "--out", tmp_path / "no", "--profile", "-1")
     assert wrong.returncode == 2
     assert "profile" in wrong.stderr

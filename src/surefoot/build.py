@@ -7,7 +7,7 @@ opened: a new run is begun, an interrupted one continued from its newest sound c
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,12 +63,14 @@ def build(
     *,
     origin: Mapping[str, Any] | None = None,
     fresh: bool = False,
+    say: Callable[[str], object] = lambda text: None,
 ) -> Build:
     """Makes a run of `recipe` ready in `folder`.
 
     Args:
         origin: what is to be recorded of where the recipe came from: ``file`` and ``options``.
         fresh: a run that lies in `folder` is moved aside, once everything else is in order.
+        say: is told of what takes a while, before it does.
 
     Raises:
         UsageError: recipe, operations or folder do not fit; nothing was changed.
@@ -78,7 +80,7 @@ def build(
     threads = torch.get_num_threads()
     try:
         with stacks_if_stuck(seconds(operations.hang_after, name="hang_after")):
-            return _build(recipe, folder, operations, origin, fresh)
+            return _build(recipe, folder, operations, origin, fresh, say)
     finally:
         set_threads(threads)
 
@@ -89,8 +91,9 @@ def _build(
     operations: Operations,
     origin: Mapping[str, Any] | None,
     fresh: bool,
+    say: Callable[[str], object],
 ) -> Build:
-    made = prepare(recipe, operations, origin, kept=None if fresh else _kept_choice(folder))
+    made = prepare(recipe, operations, origin, kept=None if fresh else _kept_choice(folder), say=say)
     state, groups = made.state, made.groups
     if fresh:
         folder.move_aside()

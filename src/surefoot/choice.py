@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from types import FunctionType
@@ -78,12 +78,13 @@ class Kept(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What a choice depends on. asked: ``compute.compile``. threads: ``compute.threads``."""
+    """What a choice depends on. asked, threads: of ``compute``. say: is told of what takes a while."""
 
     asked: str
     threads: int | None
     kept: Kept | None
     trial: Trial
+    say: Callable[[str], object] = lambda text: None
 
     @property
     def before(self) -> Extent | None:
@@ -130,6 +131,7 @@ def choose(q: Question) -> Choice:
     if not why_not:
         threads, few = _threads(q)
         set_threads(threads)
+        q.say("compiling the whole step, before the first; --compile off does without")
         graph, why_not = compiled_step(q.trial)
     if graph is not None:
         took = f"{time.perf_counter() - begun:.1f} s"
@@ -177,6 +179,7 @@ def _forward(q: Question, why: str) -> Choice:
     times, counted from where a run goes on, and then calls it as it is: so batches of another form than the
     first are left to the objective, and one that would be compiled anew for each batch is not compiled.
     """
+    q.say("compiling forward pass and losses, before the first step; --compile off does without")
     eager, first = q.trial.parts.objective, q.trial.batch(0)
     usual = {form(piece.data, leaves(piece.data)) for piece in pieces_of(q.trial.parts, first)}
 
@@ -188,9 +191,8 @@ def _forward(q: Question, why: str) -> Choice:
     compiled: Any = torch.compile(own, dynamic=False, options=options)
 
     def objective(model: nn.Module, data: Tree) -> Tensor | tuple[Tensor, Tensor]:
-        found: Tensor | tuple[Tensor, Tensor]
-        found = (compiled if form(data, leaves(data)) in usual else eager)(model, data)
-        return found
+        chosen: Objective = compiled if form(data, leaves(data)) in usual else eager
+        return chosen(model, data)
 
     parts = replace(q.trial.parts, objective=objective)
     try:
@@ -206,9 +208,10 @@ def _forward(q: Question, why: str) -> Choice:
         if q.asked == "auto":  # an attempt before has done so
             what = "the forward pass of this run was compiled, and cannot be here"
             why = "Compiled and not, they agree to rounding only."
+        text = first_line(error)
         raise OperationsError(
-            f"{what}: {first_line(error)}",
-            why=why,
+            f"{what}: {text}",
+            why="" if text in why else why,
             fix="torch.compile needs a C++ compiler on a CPU (g++); or go on without, equal to rounding: "
             "--compile off, or --set compute.compile=off.",
         ) from error

@@ -157,10 +157,11 @@ def prepare(
     origin: Mapping[str, Any] | None = None,
     *,
     kept: Kept | None = None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> Prepared:
     """Checks a recipe with operations as far as that can be done before anything is written.
 
-    kept: how the run that goes on, or is replayed, was computed.
+    kept: how the run that goes on, or is replayed, was computed. say: is told of what takes a while.
 
     Raises:
         UsageError: they do not fit.
@@ -192,7 +193,7 @@ def prepare(
     _check_watched(recipe, operations, schedule, evaluation, model)
     feed = Feed(recipe.data, plan, recipe.seed, device)
     computed = operations.compute
-    question = Question(computed.compile, computed.threads, kept, Trial(parts, state, feed.at, total))
+    question = Question(computed.compile, computed.threads, kept, Trial(parts, state, feed.at, total), say)
     try:
         choice = choose(question)
     except (SurefootError, OSError, MemoryError, torch.OutOfMemoryError):

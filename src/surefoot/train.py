@@ -266,7 +266,8 @@ def _is_due(run: Run, alarm: Alarm) -> bool:
 def _tell_profile(run: Run, facts: dict[str, Any] | None) -> None:
     if facts is not None:
         run.profile = None
-        run.record.event("profiled", step=run.state.step, **facts)
+        kind = "profiled" if "file" in facts else "not_profiled"
+        run.record.event(kind, step=run.state.step, **facts)
 
 
 def _heal(run: Run, alarm: Alarm) -> str:

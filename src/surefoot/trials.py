@@ -113,7 +113,7 @@ def refusal(parts: Parts) -> str:
     """Why no graph of the whole step is possible, or nothing."""
     optimizer = parts.updater.optimizer
     if not known(optimizer) or not parts.updater.well_known:
-        return f"optimizer {type(optimizer).__name__} is none of torch's own, or hooked into, or has no eps"
+        return f"optimizer {type(optimizer).__name__} has no graph, or is hooked into, or has no eps"
     if parts.physical < parts.micro:
         return "compute.micro_batch splits the recipe's micro-batches"
     if any(p.is_complex() or p.is_sparse for p in parts.params):

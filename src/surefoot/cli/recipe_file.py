@@ -92,7 +92,10 @@ class RecipeFile:
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
-            raise RecipeError(f"option {name} = {first['input']!r}: {first['msg']}.") from None
+            raise RecipeError(
+                f"option {name} = {first['input']!r}: {first['msg']}.",
+                fix=f"surefoot train {self.path} --help lists all options.",
+            ) from None
         return {name: getattr(parsed, name) for name in known}
 
     def make(self, options: dict[str, Any]) -> Any:
@@ -134,7 +137,8 @@ def _value(text: str, annotation: Any) -> Any:
 
 def _load(path: Path) -> ModuleType:
     if not path.is_file():
-        raise RecipeError(f"{path}: there is no such file.", fix="Give the path of a recipe: a .py file.")
+        what = "that is no file" if path.exists() else "there is no such file"
+        raise RecipeError(f"{path}: {what}.", fix="Give the path of a recipe: a .py file.")
     name = f"recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -153,7 +157,11 @@ def _broken(path: Path, doing: str, error: Exception) -> RecipeError:
     here = path.resolve()
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == here]
     where = f" in line {frames[-1].lineno}" if frames else ""
-    return RecipeError(f"{path}: {doing} raised {type(error).__name__}{where}: {error}")
+    return RecipeError(
+        f"{path}: {doing} raised {type(error).__name__}{where}: {error}",
+        why=f"It says: {frames[-1].line}" if frames else "",
+        fix=f"Try it by hand: python -i {path}",
+    )
 
 
 def _function(module: ModuleType, path: Path) -> Callable[..., Any]:

@@ -51,30 +51,39 @@ def run_order(order: Order, out: Console, err: Console) -> int:
             why="It moves what lies there aside, so you say where.",
             fix=f"Add --out {folder.path}.",
         )
-    built = build(recipe, folder, operations, origin=origin, fresh=order.fresh)
+
+    def say(text: str) -> None:
+        err.print(text, markup=False, soft_wrap=True)
+
+    built = build(recipe, folder, operations, origin=origin, fresh=order.fresh, say=say)
     command = shlex.join(["surefoot", *sys.argv[1:]])
     if built.run is None:
         done = result(built)
         ended = f"{folder.path} has ended already: {done.status} after {done.step:,} updates"
         for note in built.notes:
-            err.print(note, markup=False, soft_wrap=True)
+            say(note)
+        if operations.profile:
+            say("no profile: the run has ended")
         out.print(ended, soft_wrap=True)
         _verdict(done, None, out, command)
         return done.exit_code
     err.print(tables.groups(built.groups))
     for note in built.notes:
-        err.print(note, markup=False, soft_wrap=True)
+        say(note)
     begun = time.monotonic()
     with progress(folder.path, on=operations.progress != "off", console=err):
         for _ in run_steps(built):
             pass
     done = result(built)
     for event in open_run(folder.path).events():
-        if event["kind"] == "profiled" and event["attempt"] == built.run.record.attempt:
-            trace = folder.path / event["file"]
+        if event["attempt"] != built.run.record.attempt:
+            continue
+        if event["kind"] == "not_profiled":
+            say(f"no profile: {event['reason']}")
+        if event["kind"] == "profiled":
             steps = f"steps {event['begins']:,} to {event['step'] - 1:,}"
-            err.print(f"profile of {steps}: {trace}", markup=False, soft_wrap=True)
-            err.print("  for chrome://tracing or ui.perfetto.dev; a table is beside it, .txt")
+            say(f"profile of {steps}: {folder.path / event['file']}")
+            say("  for ui.perfetto.dev or chrome://tracing; a table is beside it, .txt")
     _verdict(done, time.monotonic() - begun, out, command)
     return EXIT_CODES.get(done.status, 1)
 

@@ -71,19 +71,24 @@ class Profile:
             self._step.__enter__()
         return None
 
-    def end(self, step: int) -> dict[str, Any] | None:
-        """Ends early, before `step`. Its facts, if there is anything to write."""
+    def end(self, step: int) -> dict[str, Any]:
+        """Ends, maybe early, before `step`. Its facts: ``file`` and the first step in it; or the ``reason``
+        why there is none, which is none to end the run.
+        """
         profiler, self._profiler, self._done = self._profiler, None, True
         self._step.__exit__(None, None, None)
         self._step = _OFF
         if profiler is None:
-            return None
+            return {"reason": f"the attempt ended within the {_WARM} steps that warm up"}
         profiler.stop()
-        self._folder.mkdir(exist_ok=True)
         file = self._folder / f"steps-{self._begins}-{step - 1}.json"
-        profiler.export_chrome_trace(str(file))
-        table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
-        file.with_suffix(".txt").write_text(table + "\n")
+        try:
+            self._folder.mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(file))
+            table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
+            file.with_suffix(".txt").write_text(table + "\n")
+        except (OSError, RuntimeError) as error:
+            return {"reason": f"it could not be written: {error}"}
         return {"begins": self._begins, "file": f"{self._folder.name}/{file.name}"}
 
 

@@ -50,7 +50,7 @@ class Places:
 
 def _take_over(param: nn.Parameter, new: object, path: str) -> None:
     if not isinstance(new, nn.Parameter) or _kind(new) != _kind(param):
-        is_now = f"{_kind(new)} now" if isinstance(new, nn.Parameter) else "no parameter any more, or untied"
+        is_now = f"{_kind(new)} now" if isinstance(new, nn.Parameter) else "none any more, or untied"
         raise StateError(
             f"{path}, which is trained, was {_kind(param)}, and is {is_now}.",
             why="Something put that there while the run went on; what the optimizer keeps does not fit it.",

@@ -247,10 +247,13 @@ def test_laps_go_on_beside_python_where_the_caller_has_two_threads(tmp_path, mon
 
 def test_alternatives_are_each_number_of_threads_eager_and_compiled():
     made = SimpleNamespace(model=nn.Linear(1, 1), device=torch.device("cpu"))
-    found = list(_alternatives(recipe(), made))
-    compiled = [one["compute.threads"] for one in found if one.get("compute.compile") == "on"]
-    assert [one["compute.threads"] for one in found if "compute.compile" not in one] == [2, 1]
-    assert compiled == [1, 2]
+    first, *others = _alternatives(recipe(), made, 2)
+    assert first == {"compute.compile": "off", "compute.threads": 2}
+    assert others == [
+        {"compute.threads": 1},
+        {"compute.compile": "on", "compute.threads": 1},
+        {"compute.compile": "on", "compute.threads": 2},
+    ]
 
 
 class Unbuildable(nn.Module):

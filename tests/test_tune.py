@@ -14,7 +14,7 @@ import surefoot as sf
 from surefoot.choice import Kept, Question, choose
 from surefoot.errors import OperationsError
 from surefoot.operations import Operations
-from surefoot.tune.compute import tune_compute
+from surefoot.tune.compute import Tried, tune_compute
 from surefoot.tune.settings import write_settings
 
 
@@ -60,6 +60,25 @@ def test_alternatives_are_tried_beside_the_best_so_far(monkeypatch):
     for one in tuned.tried[1:]:
         best = one if one.beside < 0.97 else best
     assert tuned.best is best
+
+
+def test_the_fastest_is_what_was_clearly_faster_than_the_best_before_it(monkeypatch):
+    seen = []
+
+    def measured(recipe, operations, settings, best, total):
+        seen.append((settings, best))
+        return Tried(settings, step_s=1.0, prepare_s=0.0, beside=[1.0, 0.98, 0.9, 0.96][len(seen) - 1])
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr("surefoot.tune.compute._beside", measured)
+    try:
+        torch.set_num_threads(2)
+        tuned = tune_compute(recipe(), Operations())
+    finally:
+        torch.set_num_threads(before)
+    first, _, third, fourth = tuned.tried
+    assert [best for _, best in seen] == [None, first, first, third]
+    assert tuned.best is fourth
 
 
 def test_what_is_held_is_not_varied(monkeypatch):

@@ -185,6 +185,22 @@ def test_bad_requests(tmp_path, arguments, says):
     assert says in done.stderr
 
 
+def test_a_recipe_that_cannot_be_trained_is_told_as_train_tells_it(tmp_path):
+    file, out = tmp_path / "mine.py", tmp_path / "day"
+    file.write_text(
+        "import surefoot as sf, torch\n"
+        "def recipe() -> sf.Recipe:\n"
+        "    return sf.Recipe(model=lambda: torch.nn.Linear(1, 1), data=[1], objective=print,\n"
+        "                     optimizer=sf.SGD(lr=0.1), batch=sf.Batch(1), until=9)\n"
+    )
+    done = surefoot("chaos", file, "--fault", "kill", "--out", out)
+    assert done.returncode == 2
+    assert "exit code 2: data is a list, not a source." in done.stderr
+    assert "fix: Wrap arrays" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not out.exists()
+
+
 def test_what_a_recipe_cannot_have_is_not_run(day, tmp_path):
     out, report, _ = day
     assert report["stalled-worker"]["survived"] is None

@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from surefoot.errors import RunDirectoryError, StateError, SurefootError
+from surefoot.errors import RunDirectoryError, StateError, SurefootError, UsageError
 from surefoot.launch.faults import FAULTS
 from surefoot.launch.supervise import die_with_parent
 from surefoot.record.rows import read_log
@@ -102,7 +102,11 @@ class GameDay:
         code, text = self._run(out, "", 0)
         self._clean_s = time.monotonic() - begun
         if code != 0:
-            raise StateError(f"the undisturbed training ended with exit code {code}.", why=text)
+            what = f"the undisturbed training ended with exit code {code}: {text or 'nothing was said'}"
+            if code != UsageError.exit_code:
+                raise StateError(what)
+            shutil.rmtree(self.folder)
+            raise UsageError(what)
         self._clean = open_run(out)
         total = self._clean.summary()["step"]
         self.at = self.at if self.at is not None else (first + total) // 2
@@ -213,7 +217,12 @@ def _in_child(train: Train, out: Path, fault: str, at: int, said: Path) -> None:
     with said.open("w") as file, Path(os.devnull).open("w") as nowhere:
         os.dup2(file.fileno(), sys.stderr.fileno())
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
-    sys.exit(train(out, fault, at))
+    try:
+        code = train(out, fault, at)
+    except SurefootError as error:
+        print(error, file=sys.stderr)
+        code = error.exit_code
+    sys.exit(code)
 
 
 class _NotPlayedError(Exception):

@@ -64,7 +64,7 @@ FAULTS = {
     "flipped-checkpoint": Fault(
         "stopped, and a bit of the newest checkpoint flips", exact=True, outside=True
     ),
-    "stalled-worker": Fault("a process that reads data stands still", exact=True),
+    "stalled-worker": Fault("a process that reads data stands still, until data.timeout", exact=True),
 }
 
 

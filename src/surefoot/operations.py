@@ -225,10 +225,11 @@ def gather(toml: Path | None, environment: Mapping[str, str], flags: Mapping[str
         ("--set", flags),
     ):
         for key, value in settings.items():
-            if any(known.startswith(f"{key}.") for known in known_keys()):
+            within = [known for known in known_keys() if known.startswith(f"{key}.")]
+            if within:
                 raise OperationsError(
-                    f"{source}: {key} = {value!r}, which is a section.",
-                    fix=f"Give one of its keys: {', '.join(k for k in known_keys() if k.startswith(key))}.",
+                    f"{source}: {key} = {value!r}, but {key} is a section.",
+                    fix=f"Give one of its keys: {', '.join(within)}.",
                 )
             if key not in known_keys():
                 raise OperationsError(f"{source}: unknown key {key!r}.", fix=nearest(key, known_keys()))

@@ -44,8 +44,8 @@ _CLEARLY = 0.97
 @dataclass(frozen=True)
 class Tried:
     """An alternative. settings: keys of operations. step_s: median of an update. prepare_s: until the
-    first. compiled: see `surefoot.choice.Extent`. beside: time of a whole run
-    over that of the best before it, the two measured in turns. why_not: it could not be tried.
+    first. compiled: see `surefoot.choice.Extent`. beside: time of a whole run over that of the best
+    before it, the two measured in turns. why_not: it could not be tried.
     """
 
     settings: dict[str, Any]

@@ -404,7 +404,7 @@ def test_a_release_begins_one_if_steps_were_taken_without_the_samples(tmp_path):
     often = sf.Operations(checkpoint={"every": 50})
     for outcome in sf.steps(recipe_, out=tmp_path / "run", operations=often):
         if outcome.step == 330:
-            copied(tmp_path / "run", tmp_path / "killed")
+            copied(tmp_path / "run", tmp_path / "killed", step=300)
             break
     one, other = sf.open_run(tmp_path / "run").summary()["quarantined"][:2]
     for name, steps in (("run", 331), ("killed", None)):

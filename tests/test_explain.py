@@ -426,7 +426,7 @@ def test_a_release_that_is_gone_is_noticed_and_one_that_was_cut_short_does_no_ha
     often = sf.Operations(checkpoint={"every": 50})
     for outcome in sf.steps(recipe_, out=tmp_path / "run", operations=often):
         if outcome.step == 330:
-            copied(tmp_path / "run", tmp_path / "killed")
+            copied(tmp_path / "run", tmp_path / "killed", step=300)
             break
     told = (tmp_path / "killed/events.jsonl").read_bytes()
     assert surefoot("release", tmp_path / "killed", "--all").returncode == 0

@@ -1168,7 +1168,7 @@ def test_another_physical_batch_is_no_fault_of_the_machine(tmp_path, first, seco
 
     for outcome in sf.steps(ragged, out=tmp_path / "run", operations=operations(first)):
         if outcome.step == 90:
-            copied(tmp_path / "run", tmp_path / "killed")
+            copied(tmp_path / "run", tmp_path / "killed", step=50)
             break
     sf.fit(ragged, out=tmp_path / "killed", operations=operations(second))
     assert events(tmp_path / "killed", "rolled_back") == events(tmp_path / "killed", "alarm") == []

@@ -259,20 +259,26 @@ def test_a_changed_dataset_is_refused(tmp_path):
 
 
 def test_a_failure_within_the_run_exits_1_and_can_be_continued(tmp_path):
-    trap = "objective=lambda m, d: 1 / 0 if TRAP.exists() and next(COUNT) > 5 else LOSS(m, d)"
+    trap = "objective=lambda m, d: eval(TRAP.read_text())"
     code = GOOD + (
-        "\nimport itertools, pathlib\nTRAP = pathlib.Path(__file__).with_name('trap')\n"
+        "\nimport itertools, os, pathlib, signal\nTRAP = pathlib.Path(__file__).with_name('trap')\n"
         "COUNT = itertools.count()\nLOSS = sf.supervised(F.cross_entropy)\n"
     )
     file, run = write(tmp_path, trap, code), tmp_path / "run"
-    (tmp_path / "trap").touch()
+    (tmp_path / "trap").write_text("1 / 0 if next(COUNT) > 5 else LOSS(m, d)")
     failed = surefoot("train", file, "--out", run, "--set", "checkpoint.every=2")
     assert failed.returncode == 1
     assert "ZeroDivisionError" in failed.stderr
     told = json.loads(surefoot("show", run, "--json").stdout)
     assert (told["status"], told["step"]) == ("failed", 6)
     assert "ZeroDivisionError" in told["reason"]
-    (tmp_path / "trap").unlink()
+
+    (tmp_path / "trap").write_text("os.kill(os.getpid(), signal.SIGKILL)")
+    assert surefoot("train", file, "--out", run).returncode == -signal.SIGKILL
+    told = json.loads(surefoot("show", run, "--json").stdout)
+    assert (told["status"], told["reason"], told["attempts"]) == ("failed", None, 2)
+
+    (tmp_path / "trap").write_text("LOSS(m, d)")
     assert surefoot("train", file, "--out", run).returncode == 0
     assert json.loads(surefoot("show", run, "--json").stdout)["step"] == 8
 

@@ -15,7 +15,7 @@ from surefoot.errors import StateError
 from surefoot.guard.detect import SAT_OUT
 from surefoot.guard.history import History
 from surefoot.record.columns import Columns, lineage
-from surefoot.record.events import Event, event_lineage, read_events
+from surefoot.record.events import Event, event_lineage, newest_end, read_events
 from surefoot.record.folder import RunFolder
 from surefoot.record.ledger import ledgers, segments
 from surefoot.record.rows import check_log, read_log
@@ -95,8 +95,7 @@ class RunView:
     def _status(self, events: list[Event]) -> str:
         if self._folder.is_running():
             return "running"
-        last = next((e for e in reversed(events) if e["kind"] not in ("hang", "released")), {})
-        return str(last["status"]) if last.get("kind") == "ended" else "failed"
+        return str(newest_end(events).get("status", "failed"))
 
     def summary(self) -> dict[str, Any]:
         """What ``surefoot show --json`` prints.
@@ -122,7 +121,7 @@ class RunView:
         everything_logged = self.log(all_rows=True)
         cost = float(everything_logged["cost"].sum())
         epochs = self.plan.epochs(step)
-        ended = next((e for e in reversed(everything) if e["kind"] == "ended"), {})
+        ended = newest_end(everything)
         last_diverged = next((e for e in reversed(events) if e["kind"] == "diverged"), {})
         return {
             "run": str(self.path),

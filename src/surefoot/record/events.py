@@ -120,6 +120,12 @@ def _event(line: bytes) -> Event | None:
     return event
 
 
+def newest_end(events: list[Event]) -> Event:
+    """How the newest attempt ended; {}: it has not, or its process died without a word."""
+    last = next((e for e in reversed(events) if e["kind"] not in ("hang", "released")), {})
+    return last if last.get("kind") == "ended" else {}
+
+
 def event_lineage(events: list[Event]) -> list[Event]:
     """Events without those of steps that were repeated after going back to an earlier state. What the guard
     did stays, unless the run was continued from a state from before that.

@@ -21,7 +21,7 @@ from torch import nn
 
 import surefoot as sf
 from surefoot.checkpoint.files import to_json
-from surefoot.checkpoint.kept import list_checkpoints
+from surefoot.checkpoint.kept import Checkpoint, list_checkpoints
 from surefoot.checkpoint.retention import Retention
 from surefoot.checkpoint.snapshot import Snapshot, is_finite
 from surefoot.checkpoint.store import DirectoryStore
@@ -170,6 +170,29 @@ def test_no_silent_fresh_start(tmp_path):
     shutil.rmtree(path / "checkpoints")
     with pytest.raises(sf.StateError, match="has kept checkpoints"):
         sf.fit(recipe(), out=path)
+
+
+def test_a_state_that_is_certified_while_retention_looks_at_it_stays(tmp_path):
+    store = DirectoryStore(tmp_path, retention=Retention(last=3))
+    first = store.save(snapshot(), 10)
+    store.protected = first.seq
+    for step in (20, 30):
+        store.save(snapshot(), step)
+    kept = Checkpoint.kept
+
+    def in_the_meantime(checkpoint, **facts):  # the loop's thread
+        found = kept(checkpoint, **facts)
+        if checkpoint.seq == first.seq and store.protected is not None:
+            store.certify(first)
+            store.protected = None
+        return found
+
+    with patch.object(Checkpoint, "kept", in_the_meantime):
+        store.save(snapshot(), 40)
+    assert store.protected is None
+    assert first.mark("certified").exists()
+    store.save(snapshot(), 50)
+    assert first in store.checkpoints()
 
 
 def test_a_newer_format_is_refused_clearly(tmp_path):

@@ -190,12 +190,13 @@ class DirectoryStore:
 
     def _retain(self) -> None:
         """What need not stay goes; what cannot be removed is noted, and tried again after the next."""
+        protected = self.protected  # read before the marks: the loop marks it, and then protects it no more
         by_seq = {c.seq: c for c in self.checkpoints()}
         kept = [c.kept(verified=c.seq in self._verified) for c in by_seq.values()]
         rules = self._retention
-        if rules.last > LEAST_VERIFIED and self.protected not in sorted(by_seq)[-rules.last :]:
-            kept = [replace(k, pinned=True) if k.seq == self.protected else k for k in kept]
-            rules = replace(rules, last=rules.last - (self.protected in by_seq))  # it takes one's place
+        if rules.last > LEAST_VERIFIED and protected not in sorted(by_seq)[-rules.last :]:
+            kept = [replace(k, pinned=True) if k.seq == protected else k for k in kept]
+            rules = replace(rules, last=rules.last - (protected in by_seq))  # it takes one's place
         for one in expendable(kept, rules, now_s=time.time()):
             checkpoint = by_seq[one.seq]
             trash = self.path / f".trash-{checkpoint.path.name}"

@@ -235,6 +235,14 @@ def test_short_runs_and_runs_with_nothing_in_them(tmp_path, steps):
     assert surefoot("explain", tmp_path).returncode == 2
 
 
+def test_a_run_that_diverged_says_why(tmp_path):
+    x, y = blobs(256)
+    x[:] = np.nan
+    done = sf.fit(recipe(data=sf.Arrays(x, y), until=80, guard=sf.Guard("off")), out=tmp_path / "run")
+    assert done.status == "diverged"
+    assert explained(tmp_path / "run").verdict.endswith(" is not finite whatever the batch.")
+
+
 # ---------------------------------------------------------------------------------- bundles
 
 

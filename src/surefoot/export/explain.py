@@ -93,7 +93,7 @@ def _verdict(summary: Mapping[str, Any], log: Columns) -> str:
     text += "; " + ", ".join(metrics) if metrics else ""
     if summary["status"] == "diverged" and summary["reason"]:
         text += f". Why: {summary['reason']}"
-    return text + "."
+    return text.removesuffix(".") + "."
 
 
 def _crashes(events: Sequence[Event], rows: Columns, *, running: bool) -> list[Incident]:

@@ -1,8 +1,11 @@
 """Microseconds per update: surefoot at its defaults beside the loops people write.
 
     python benchmarks/loop.py [--rounds 5] [--threads 1 2] [--out benchmarks/results/loop.json]
+    python benchmarks/loop.py --in-turns --workloads cnn gpt [--rounds 25] ...
 
-Contenders, each in a process of its own, in interleaved rounds; medians, and ratios of medians:
+Contenders, each in a process of its own, in interleaved rounds; medians, and ratios of medians. With
+``--in-turns`` all of a workload go on in one process, in turns of a second or less, and the ratios are
+medians of those of neighbouring turns: what differs by a few percent shows, however unsteady the machine.
 
 * ``loop``: what people write: ``DataLoader(TensorDataset, shuffle=True)``, ``zero_grad``, ``backward``,
   ``clip_grad_norm_``, ``step``, ``scheduler.step``, ``loss.item()``;
@@ -29,12 +32,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from turns import in_turns, ratio
 
 CONTENDERS = (
     "loop", "bare", "surefoot", "surefoot-fused", "surefoot-compiled", "surefoot-tuned", "surefoot-bf16"
 )  # fmt: skip
+TURN = {"mlp": 800, "cnn": 40, "gpt": 6}
+"""Updates of a turn."""
 TUNED = "SUREFOOT_BENCHMARK_TUNED"
 """Environment variable: settings that were found for the workload, as JSON."""
 
@@ -46,8 +54,10 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", default=["mlp", "cnn", "gpt"])
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--in-turns", action="store_true")
     parser.add_argument("--one", nargs=2, metavar=("WORKLOAD", "CONTENDER"), help=argparse.SUPPRESS)
     parser.add_argument("--tune", metavar="WORKLOAD", help=argparse.SUPPRESS)
+    parser.add_argument("--turns", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(run_one(*arguments.one, threads=arguments.threads[0]))
@@ -55,10 +65,14 @@ def main() -> None:
     if arguments.tune:
         print(json.dumps(run_tune(arguments.tune, threads=arguments.threads[0])))
         return
-    results = []
+    if arguments.turns:
+        workload, *contenders = arguments.turns
+        print(json.dumps(run_turns(workload, contenders, arguments.threads[0], arguments.rounds)))
+        return
+    results, measure = [], compare_in_turns if arguments.in_turns else compare
     for threads in arguments.threads:
         for workload in arguments.workloads:
-            results.append(compare(workload, threads, arguments.rounds, arguments.contenders))
+            results.append(measure(workload, threads, arguments.rounds, arguments.contenders))
     if arguments.out:
         import torch
 
@@ -81,6 +95,28 @@ def compare(workload: str, threads: int, rounds: int, contenders: list[str]) -> 
         print(f"  {name:16} {value:10.0f}  {against[0]:>6} {against[1]:>6}", flush=True)
     return {
         "workload": workload, "threads": threads, "us_per_update": medians, "rounds": times,
+        "tuned": variables.get(TUNED),
+    }  # fmt: skip
+
+
+def compare_in_turns(workload: str, threads: int, turns: int, contenders: list[str]) -> dict[str, object]:
+    variables = with_tuned(sys.executable, workload, threads, contenders)
+    command = [sys.executable, __file__, "--turns", workload, *contenders]
+    command += ["--threads", str(threads), "--rounds", str(turns)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=variables)
+    times = json.loads(done.stdout.splitlines()[-1])
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    against = {
+        f"x {other}": {name: ratio(times, name, other) for name in times}
+        for other in ("loop", "bare")
+        if other in times
+    }
+    print(f"{workload}, {threads} thread(s), in turns: µs per update, {', '.join(against)}")
+    for name, value in medians.items():
+        told = " ".join(f"{ratios[name]:6.3f}" for ratios in against.values())
+        print(f"  {name:16} {value:10.0f}  {told}", flush=True)
+    return {
+        "workload": workload, "threads": threads, "us_per_update": medians, **against, "turns": times,
         "tuned": variables.get(TUNED),
     }  # fmt: skip
 
@@ -119,6 +155,20 @@ def run_one(workload_name: str, contender: str, *, threads: int) -> float:
         if window.tick(done):
             return window.us
     raise AssertionError("the contender stopped early")
+
+
+def run_turns(
+    workload_name: str, contenders: Sequence[str], threads: int, turns: int
+) -> dict[str, list[float]]:
+    import torch
+    from workloads import WORKLOADS
+
+    torch.set_num_threads(threads)
+    workload = WORKLOADS[workload_name]
+    steps = TURN[workload_name]
+    workload = replace(workload, timed=(turns + 2) * steps)
+    iterators = {name: globals()[name.replace("-", "_")](workload) for name in contenders}
+    return in_turns(iterators, steps=steps, turns=turns)
 
 
 def loop(w):

@@ -35,6 +35,7 @@ soak: setup
 
 bench: setup
 	$(BIN)/python benchmarks/loop.py --out benchmarks/results/loop.json
+	$(BIN)/python benchmarks/loop.py --in-turns --workloads cnn gpt --rounds 12 --contenders loop bare surefoot surefoot-fused surefoot-tuned --out benchmarks/results/loop-in-turns.json
 	$(BIN)/python benchmarks/log.py --out benchmarks/results/log.json
 	$(BIN)/python benchmarks/restart.py --out benchmarks/results/restart.json
 	$(BIN)/python benchmarks/checkpoint.py --out benchmarks/results/checkpoint.json

@@ -36,7 +36,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from turns import in_turns, ratio
+from turns import advance, in_turns, ratio
 
 CONTENDERS = (
     "loop", "bare", "surefoot", "surefoot-fused", "surefoot-compiled", "surefoot-tuned", "surefoot-bf16"
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--in-turns", action="store_true")
     parser.add_argument("--one", nargs=2, metavar=("WORKLOAD", "CONTENDER"), help=argparse.SUPPRESS)
     parser.add_argument("--tune", metavar="WORKLOAD", help=argparse.SUPPRESS)
-    parser.add_argument("--turns", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--one-process", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(run_one(*arguments.one, threads=arguments.threads[0]))
@@ -65,8 +65,8 @@ def main() -> None:
     if arguments.tune:
         print(json.dumps(run_tune(arguments.tune, threads=arguments.threads[0])))
         return
-    if arguments.turns:
-        workload, *contenders = arguments.turns
+    if arguments.one_process:
+        workload, *contenders = arguments.one_process
         print(json.dumps(run_turns(workload, contenders, arguments.threads[0], arguments.rounds)))
         return
     results, measure = [], compare_in_turns if arguments.in_turns else compare
@@ -101,7 +101,7 @@ def compare(workload: str, threads: int, rounds: int, contenders: list[str]) -> 
 
 def compare_in_turns(workload: str, threads: int, turns: int, contenders: list[str]) -> dict[str, object]:
     variables = with_tuned(sys.executable, workload, threads, contenders)
-    command = [sys.executable, __file__, "--turns", workload, *contenders]
+    command = [sys.executable, __file__, "--one-process", workload, *contenders]
     command += ["--threads", str(threads), "--rounds", str(turns)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=variables)
     times = json.loads(done.stdout.splitlines()[-1])
@@ -164,10 +164,11 @@ def run_turns(
     from workloads import WORKLOADS
 
     torch.set_num_threads(threads)
-    workload = WORKLOADS[workload_name]
-    steps = TURN[workload_name]
-    workload = replace(workload, timed=(turns + 2) * steps)
+    steps, workload = TURN[workload_name], WORKLOADS[workload_name]
+    workload = replace(workload, timed=4 * (turns + 2) * steps)  # turns may take more than their steps
     iterators = {name: globals()[name.replace("-", "_")](workload) for name in contenders}
+    for contender in iterators.values():
+        advance(contender, 0, workload.warm)
     return in_turns(iterators, steps=steps, turns=turns)
 
 

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from test_graph import EVENTFUL, calmly, diverging, run
 
 import surefoot as sf
-from surefoot import calm, clock, heal
+from surefoot import calm, clock, train
 from surefoot.api import run_steps
 from surefoot.build import build
 from surefoot.data.plan import Plan
+from surefoot.heal import SELDOM
 from surefoot.measure.readings import Readings
 from surefoot.operations import Operations
 from surefoot.optim.schedules import Piece
@@ -70,7 +71,7 @@ def test_nearly_all_steps_are_settled_together(tmp_path, together, monkeypatch):
 
 def test_layers_are_looked_at_however_seldom_states_are_kept(tmp_path, monkeypatch, together):
     """As in a compiled run whose steps are of several passes."""
-    monkeypatch.setattr(heal, "SELDOM_S", math.inf)
+    monkeypatch.setattr(train.Run, "remembers_every", SELDOM)
     run(recipe(until=1000), tmp_path / "run", EAGER)
     assert not {199, 399, 599, 799} & set(together)
 

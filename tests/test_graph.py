@@ -17,6 +17,7 @@ from surefoot import calm, clock, course, heal, train
 from surefoot.api import result, run_steps
 from surefoot.build import build
 from surefoot.compiled import Compiled
+from surefoot.heal import EVERY, SELDOM
 from surefoot.operations import Operations
 from surefoot.record.folder import RunFolder
 from surefoot.stopping import Budget
@@ -338,29 +339,8 @@ def test_calm_steps_are_those_that_would_be_taken_one_by_one(name, tmp_path, mon
     assert ("layer" in {e["kind"] for e in found[0][2]}) == (name == "vanishing")
 
 
-@pytest.mark.parametrize("compile", ["on", "off"])
-def test_states_are_kept_by_time_but_beside_a_callers_body_which_may_do_what_is_not_done_again(
-    compile, tmp_path, monkeypatch
-):
-    operations = Operations(compute={"compile": compile}, progress="off")
-
-    def kept(seldom_s, *, alone):
-        monkeypatch.setattr(heal, "SELDOM_S", seldom_s)
-        folder = tmp_path / f"{seldom_s}-{alone}"
-        built = build(recipe(until=1000), RunFolder(folder), operations)
-        built.run.alone = alone
-        for _ in run_steps(built):
-            pass
-        return set(built.run.healer.memory)
-
-    assert kept(0.0, alone=True) == {600, 800, 1000}
-    assert kept(1e9, alone=True) == {200}
-    assert kept(1e9, alone=False) == {600, 800, 1000}
-
-
 @pytest.mark.parametrize("at", [500, 1300])
-@pytest.mark.parametrize("compile", ["on", "off"])
-def test_healing_is_the_same_however_seldom_states_are_kept(tmp_path, monkeypatch, at, compile):
+def test_healing_is_the_same_however_seldom_states_are_kept(tmp_path, monkeypatch, at):
     schedule = sf.constant(over=at) >> sf.constant(over=3) * 1e5 >> sf.cosine(to=0.1)
     (x, y), rng = blobs(600, classes=3), np.random.default_rng(0)
     noisy = sf.Arrays(x, np.where(rng.random(600) < 0.3, rng.integers(0, 3, 600), y))
@@ -368,16 +348,13 @@ def test_healing_is_the_same_however_seldom_states_are_kept(tmp_path, monkeypatc
     def changed():
         return recipe(data=noisy, schedule=schedule, until=at + 200, gradient=())
 
-    found = []
-    for seldom_s in (math.inf, 0.0):
-        monkeypatch.setattr(heal, "SELDOM_S", seldom_s)
-        out = tmp_path / str(seldom_s)
-        found.append(
-            calmly(changed(), out, monkeypatch, calm=True, compile=compile, checkpoint={"every": 5000})
-        )
+    seldom, often = tmp_path / "seldom", tmp_path / "often"
+    found = [calmly(changed(), seldom, monkeypatch, calm=True, checkpoint={"every": 5000})]
+    monkeypatch.setattr(train, "SELDOM", EVERY)
+    found.append(calmly(changed(), often, monkeypatch, calm=True, checkpoint={"every": 5000}))
     np.testing.assert_equal(*found)
-    (back,) = (e for e in sf.open_run(out).events() if e["kind"] == "rolled_back")
-    assert back["step"] > 0  # without any that was kept it is made again from the first
+    (back,) = (e for e in sf.open_run(seldom).events() if e["kind"] == "rolled_back")
+    assert back["step"] % SELDOM != 0  # so that one is made again from another
     assert math.isfinite(found[0][1]["loss"][-1])
 
 
@@ -1000,10 +977,10 @@ def test_a_state_that_does_not_fit_is_not_kept_for_remedies(tmp_path, monkeypatc
 def test_layers_that_were_told_of_are_not_told_of_again_after_going_back(tmp_path, monkeypatch):
     schedule = sf.constant(over=750) >> sf.constant(over=3) * 1e9 >> sf.constant()
     told = []
-    for seldom_s in (math.inf, 0.0):
-        monkeypatch.setattr(heal, "SELDOM_S", seldom_s)
+    for seldom in (SELDOM, EVERY):
+        monkeypatch.setattr(train, "SELDOM", seldom)
         changed = recipe(**EVENTFUL["vanishing"] | {"until": 1300, "schedule": schedule, "gradient": ()})
-        out = tmp_path / str(seldom_s)
+        out = tmp_path / str(seldom)
         _, _, events, guard = calmly(changed, out, monkeypatch, calm=True, checkpoint={"every": 5000})
         told.append(([(e["kind"], e.get("step"), e.get("layer")) for e in events], guard["layers"]))
     np.testing.assert_equal(*told)
@@ -1058,8 +1035,7 @@ def test_weights_are_looked_at_however_seldom_states_are_kept(tmp_path, monkeypa
         found = calmly(changed, tmp_path / name, monkeypatch, calm=True, checkpoint={"every": 5000})
         return [(e["kind"], e.get("step"), e.get("detector")) for e in found[2] if e["kind"] != "validated"]
 
-    monkeypatch.setattr(heal, "SELDOM_S", math.inf)
     seldom = told("seldom")
-    monkeypatch.setattr(heal, "SELDOM_S", 0.0)
+    monkeypatch.setattr(train, "SELDOM", EVERY)
     assert seldom == told("often")
     assert "D0" in {detector for *_, detector in seldom}, seldom

@@ -43,9 +43,9 @@ EVERY = 200
 """Steps between states that a run can go back to, and between looks at layers and, after eager steps, at
 the weights.
 """
-SELDOM_S = 0.25
-"""Seconds between those that are kept in memory, without a caller's body between steps: the others are made
-again from them, to the same bits.
+SELDOM = 800
+"""Steps between those that are kept in memory in compiled runs without a caller's body between steps:
+the others are made again from them, to the same bits and in a moment.
 """
 REMEMBERED = 2048
 """Rows that a replay is compared with."""
@@ -131,7 +131,6 @@ class Healer:
     own_from: int = 0
     rows: deque[Row] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     memory: dict[int, Snapshot] = field(default_factory=dict)
-    _remembered_at: float = -math.inf
     _fits: bool | None = None
     _made_unsound: set[str] | None = None
 
@@ -163,15 +162,8 @@ class Healer:
             self._made_unsound = unsound(*kept)
         return unsound(frozen, statistics) <= self._made_unsound
 
-    def remembers(self, *, alone: bool) -> bool:
-        """Whether the state is to be kept after the next multiple of `EVERY` steps. alone: no caller's body
-        runs between steps, which may do what is not done again.
-        """
-        return not alone or time.perf_counter() >= self._remembered_at + SELDOM_S
-
     def remember(self) -> None:
         """Keeps the state, which has been looked at, in memory, if it fits; after the first step."""
-        self._remembered_at = time.perf_counter()
         if self._fit():
             self.memory[self.state.step] = self.state.snapshot().copy()
             while len(self.memory) > _IN_MEMORY:

@@ -32,11 +32,12 @@ from surefoot.course import (
     validation_due,
 )
 from surefoot.errors import StateError, SurefootError, failure_class
+from surefoot.graph import Graph
 from surefoot.guard.hang import HangWatch
 from surefoot.guard.layers import layers_of
 from surefoot.guard.review import Alarm
 from surefoot.guard.stop import Stop
-from surefoot.heal import EVERY, LetBe, Row, StopAskedError
+from surefoot.heal import EVERY, SELDOM, LetBe, Row, StopAskedError
 from surefoot.keep import Keeper
 from surefoot.measure.profile import Profile, phase
 from surefoot.parallel.device import set_threads
@@ -79,9 +80,14 @@ class Run(Course):
         if not self.alone or seen or self.before or self.readings.lag or not self.feed.at_hand:
             return 0
         kept, limit = self.keeper.due_step or self.total, self.budget.updates or self.total
-        remembers = self.parts.guard.heals and self.healer.remembers(alone=True)
-        remembered = (step // EVERY + 1) * EVERY if remembers else self.total
+        remembered = (step // self.remembers_every + 1) * self.remembers_every
         return min(until, kept, limit, self.total, remembered) - 1 - step
+
+    @property
+    def remembers_every(self) -> int:
+        """Steps between the states that are kept in memory."""
+        short = isinstance(self.graph, Graph) and self.state.eager_from is None
+        return SELDOM if self.alone and short else EVERY
 
 
 def steps(run: Run) -> Generator[Outcome, None, None]:
@@ -201,7 +207,7 @@ def _updates(run: Run, batches: Batches, clock: Clock) -> Generator[Outcome, Non
             look_at_layers(run, layers_of(parts.model, attempt.trained), attempt.norms)
             if parts.guard.heals:
                 verdict = _verdict_so_far(run)
-                if verdict is None and run.healer.remembers(alone=run.alone):
+                if verdict is None and state.step % run.remembers_every == 0:
                     run.healer.remember()
             clock.boundary = time.perf_counter()
         keeper.look()

@@ -4,8 +4,9 @@
     python benchmarks/loop.py --in-turns --workloads cnn gpt [--rounds 25] ...
 
 Contenders, each in a process of its own, in interleaved rounds; medians, and ratios of medians. With
-``--in-turns`` all of a workload go on in one process, in turns of a second or less, and the ratios are
+``--in-turns`` all of a workload go on in one process, in turns of a second or so, and the ratios are
 medians of those of neighbouring turns: what differs by a few percent shows, however unsteady the machine.
+Runs keep no checkpoints meanwhile (what these cost: `checkpoint.py`).
 
 * ``loop``: what people write: ``DataLoader(TensorDataset, shuffle=True)``, ``zero_grad``, ``backward``,
   ``clip_grad_norm_``, ``step``, ``scheduler.step``, ``loss.item()``;
@@ -43,6 +44,8 @@ CONTENDERS = (
 )  # fmt: skip
 TURN = {"mlp": 800, "cnn": 40, "gpt": 6}
 """Updates of a turn."""
+CHECKPOINTS: dict[str, str] = {}
+"""Settings of a run's checkpoints."""
 TUNED = "SUREFOOT_BENCHMARK_TUNED"
 """Environment variable: settings that were found for the workload, as JSON."""
 
@@ -164,6 +167,7 @@ def run_turns(
     from workloads import WORKLOADS
 
     torch.set_num_threads(threads)
+    CHECKPOINTS["every"] = "1h"  # by default the clock says when, which goes on in the others' turns
     steps, workload = TURN[workload_name], WORKLOADS[workload_name]
     workload = replace(workload, timed=4 * (turns + 2) * steps)  # turns may take more than their steps
     iterators = {name: globals()[name.replace("-", "_")](workload) for name in contenders}
@@ -267,7 +271,8 @@ def recipe_of(w, *, until, fused=False, **changes):
 def operations(settings):
     import surefoot as sf
 
-    return sf.Operations(compute={"compile": "off"} | {k.partition(".")[2]: v for k, v in settings.items()})
+    compute = {"compile": "off"} | {k.partition(".")[2]: v for k, v in settings.items()}
+    return sf.Operations(compute=compute, checkpoint=CHECKPOINTS)
 
 
 def tune(w):

@@ -189,7 +189,7 @@ def _updates(run: Run, batches: Batches, clock: Clock) -> Generator[Outcome, Non
             verdict = settle(run, label, attempt.numbers())
         outcome = Outcome(
             slots.step, slots.epoch, state.samples, label.lr, attempt.loss, attempt.grad_norm,
-            attempt.update_ratio, attempt.permitted, parts.model, batch,
+            torch.as_tensor(attempt.update_ratio), attempt.permitted, parts.model, batch,
         )  # fmt: skip
         if verdict is not None or parts.guard.pending is not None:
             status = _noted(run, verdict)

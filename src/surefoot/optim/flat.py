@@ -81,7 +81,8 @@ class EndToEnd:
 
     def __init__(self, optimizer: Optimizer, before: Flat, weights: Flat, *, takes: bool) -> None:
         self.weights, self._before, self._takes, self._optimizer = weights, before, takes, optimizer
-        self._params, groups = _params(optimizer), optimizer.param_groups
+        own, groups = _params(optimizer), optimizer.param_groups
+        self._params = [p.detach() for p in own]  # of which autograd knows nothing
         sizes = [sum(p.numel() for p in group["params"]) for group in groups]
         room = torch.split(before.all, sizes), torch.split(weights.all, sizes)
         self._groups = [_Group(optimizer, *each) for each in zip(groups, *room, strict=True)]
@@ -97,12 +98,11 @@ class EndToEnd:
         each = list(zip(self._groups, groups, strict=True))
         if not all(group.is_ready(options) for group, options in each):
             return False
-        with torch.no_grad():
-            if self._takes:
-                self._before.take(self._params)
-            for group, options in each:
-                group.update(options)
-            torch._foreach_copy_(self._params, self.weights.parts)
+        if self._takes:
+            self._before.take(self._params)
+        for group, options in each:
+            group.update(options)
+        torch._foreach_copy_(self._params, self.weights.parts)
         return True
 
 
@@ -122,7 +122,8 @@ class _Group:
         self._gathered: Flat | None = None
         self._kept: dict[str, Flat] = {}
         self._counts: dict[str, list[Tensor]] = {}
-        self._slots: list[dict[str, Any] | None] = []
+        self._state: dict[Tensor, dict[str, Any]] | None = None
+        self._slots: list[dict[str, Any]] = []
         self._sizes: list[int] = []
         self._held: list[tuple[dict[str, Any], str, Tensor, int]] = []
 
@@ -135,8 +136,9 @@ class _Group:
         params = options["params"]
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             return False
-        self._grads = grads = [grad for p in params if (grad := p.grad) is not None]
-        if len(grads) < len(params) or not ((self._slots and self._is_held()) or self._adopt()):
+        found = [grad for p in params if (grad := p.grad) is not None and not grad.requires_grad]
+        self._grads = grads = found
+        if len(grads) < len(params) or not (self._is_held() or self._adopt()):
             return False
         if not self._held and (self._function is not sgd or options["momentum"]):  # torch makes it first
             return False
@@ -146,8 +148,7 @@ class _Group:
         """Of the weights before it, by the gradients that `is_ready` found."""
         momentum = self._kept.get("momentum_buffer")
         if momentum is not None and self._function is sgd and _is_plain(options):  # else most is Python
-            factor = torch.scalar_tensor(options["momentum"], dtype=momentum.all.dtype, device="cpu")
-            momentum.all.mul_(factor)  # a number would take twice as long
+            momentum.all.mul_(_number(options["momentum"], momentum.all.dtype))  # a float takes longer
             torch._foreach_add_(momentum.parts, self._grads)
             torch.add(self._before, momentum.all, alpha=-options["lr"], out=self._weights)
             return
@@ -171,10 +172,13 @@ class _Group:
 
     def _is_held(self) -> bool:
         """Whether the optimizer keeps what `_adopt` found, where that put it, and nothing else."""
-        state = self._optimizer.state
-        for p, slots, size in zip(self._params, self._slots, self._sizes, strict=True):
-            if state.get(p) is not slots or len(slots or ()) != size:
-                return False
+        state, before = self._optimizer.state, self._state
+        if before is None or len(state) != len(before) or not all(map(is_, state, before)):
+            return False
+        if not all(map(is_, state.values(), before.values())):
+            return False
+        if list(map(len, self._slots)) != self._sizes:
+            return False
         return all(
             slots.get(name) is one and one.data_ptr() == place for slots, name, one, place in self._held
         )
@@ -184,8 +188,8 @@ class _Group:
         memory of its own.
         """
         state, before = self._optimizer.state, self._kept
-        self._slots, self._held, self._kept, self._counts = [], [], {}, {}
-        slots = [state[p] for p in self._params if p in state]
+        self._state, self._held, self._kept, self._counts = None, [], {}, {}
+        self._slots = slots = [state[p] for p in self._params if p in state]
         kept = dict[str, list[Tensor]]()
         for name in self._names:
             if found := [one for each in slots if isinstance(one := each.get(name), Tensor)]:
@@ -209,9 +213,13 @@ class _Group:
             self._held += [
                 (each, name, one, one.data_ptr()) for each, one in zip(slots, found, strict=True)
             ]
-        self._slots = [state.get(p) for p in self._params]
-        self._sizes = [len(each or ()) for each in self._slots]
+        self._state, self._sizes = dict(state), list(map(len, slots))
         return True
+
+
+@functools.lru_cache(maxsize=64)
+def _number(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.scalar_tensor(value, dtype=dtype, device="cpu")
 
 
 def _is_plain(options: dict[str, Any]) -> bool:

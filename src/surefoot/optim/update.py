@@ -13,7 +13,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from surefoot.optim.direct import fused_sgd_step
 from surefoot.optim.finite import are_finite, have_nan
 from surefoot.optim.flat import EndToEnd, Flat, end_to_end
-from surefoot.optim.gradients import global_norm
+from surefoot.optim.gradients import global_norm, rounded
 from surefoot.optim.rates import DeviceRates
 from surefoot.optim.uncompiled import bare_step
 from surefoot.optim.undo import Undo
@@ -90,7 +90,7 @@ class Updater:
         base: list[float],
         grad_norm: Tensor,
         heals: bool = True,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | float, Tensor]:
         """One update, if `permitted` (bool, 0-d), at the rates ``base[group] * multiplier``.
 
         heals: the guard does. Without it a gradient that is no number stays in what the optimizer keeps, as
@@ -104,7 +104,7 @@ class Updater:
         self.set_rates(multiplier, base)
         self._follow()
         if not self.asks_device and not permitted.item():
-            return torch.zeros_like(self._unmeasured), permitted
+            return 0.0, permitted
         measured = self.measures(step)
         undo = (
             None if self.asks_device or self._tame(grad_norm, multiplier, heals) else Undo(self.optimizer)
@@ -123,12 +123,14 @@ class Updater:
         size = torch.linalg.vector_norm(before.all)
         if self.asks_device:
             return moved / size, permitted
-        self._size = size.item()
-        if not math.isfinite(moved.item()) or not (undo is None or undo.state_is_finite()):
+        self._size, change = size.item(), moved.item()
+        if not math.isfinite(change) or not (undo is None or undo.state_is_finite()):
             torch._foreach_copy_(self.params, before.parts)
             if undo is not None:
                 undo()
-            return torch.zeros_like(self._unmeasured), ~permitted
+            return 0.0, ~permitted
+        if moved.dtype == torch.float32 and self._size > 0:
+            return rounded(change / self._size), permitted
         return moved / size, permitted
 
     def _take_step(self, copies: tuple[Flat, Flat] | None) -> None:

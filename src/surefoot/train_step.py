@@ -74,8 +74,8 @@ class Parts:
 
 class Attempt(NamedTuple):
     """Numbers of one attempted update: 0-d tensors, or numbers that the host has, see `Outcome`. verdict,
-    clip: of the guard. trained, norms: the parameters that got a gradient, and its 2-norms before clipping, 1-d.
-    packed: `numbers` in one tensor, if they are.
+    clip: of the guard. trained, norms: the parameters that got a gradient, and its 2-norms before clipping,
+    1-d. packed: `numbers` in one tensor, if they are.
     """
 
     loss: Tensor

@@ -109,7 +109,8 @@ class EndToEnd:
 class _Group:
     """A group of parameters, and what the optimizer keeps for them.
 
-    held: where each tensor of that is kept, and lies. sizes: how many things are kept for each parameter.
+    state: the optimizer's, as it was found. slots, sizes: of each parameter, and how many things they hold.
+    held: where each tensor among them is kept, and lies.
     """
 
     def __init__(
@@ -136,9 +137,8 @@ class _Group:
         params = options["params"]
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             return False
-        found = [grad for p in params if (grad := p.grad) is not None and not grad.requires_grad]
-        self._grads = grads = found
-        if len(grads) < len(params) or not (self._is_held() or self._adopt()):
+        self._grads = [grad for p in params if (grad := p.grad) is not None and not grad.requires_grad]
+        if len(self._grads) < len(params) or not (self._is_held() or self._adopt()):
             return False
         if not self._held and (self._function is not sgd or options["momentum"]):  # torch makes it first
             return False
@@ -175,9 +175,7 @@ class _Group:
         state, before = self._optimizer.state, self._state
         if before is None or len(state) != len(before) or not all(map(is_, state, before)):
             return False
-        if not all(map(is_, state.values(), before.values())):
-            return False
-        if list(map(len, self._slots)) != self._sizes:
+        if not all(map(is_, state.values(), before.values())) or list(map(len, self._slots)) != self._sizes:
             return False
         return all(
             slots.get(name) is one and one.data_ptr() == place for slots, name, one, place in self._held

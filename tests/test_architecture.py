@@ -13,7 +13,7 @@ SOURCE = ROOT / "src/surefoot"
 PARTS = {"data", "optim", "checkpoint", "guard", "record", "parallel", "measure"}
 LEVELS = [
     {"errors"},
-    {"keys", "types", "durable", "generators", "laps", "unchanged"},
+    {"keys", "types", "durable", "laps", "unchanged"},
     {"protocols", "compiled", "direct"},
     PARTS,
     {"segments"},

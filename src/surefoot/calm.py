@@ -69,8 +69,6 @@ def _one_by_one(course: Course, batches: Batches, clock: Clock, most: int) -> Ah
     state, guard, now, begun = course.state, course.parts.guard, time.perf_counter, clock.boundary
     num, alarm = min(most, EVERY - 1 - state.step % EVERY, guard.fine_for(state.step), BLOCK), None
     taken: list[Taken] = []
-    generators = course.parts.generators
-    generators.may_rest(course.parts.only_passes_draw)
     try:
         for multiplier in multipliers(course, num):
             if clock.boundary >= clock.ahead_until:
@@ -85,7 +83,6 @@ def _one_by_one(course: Course, batches: Batches, clock: Clock, most: int) -> Ah
             known = batch.slots, state.samples, multiplier, attempt.num_micro, clock.waited_s
             taken.append(Taken(*known, floats(attempt.numbers()), ended))
     finally:
-        generators.may_rest(False)
         if taken:
             alarm = guard.review_calm(taken[-1].slots.step, [one.numbers[0] for one in taken])
             settle_calm(course, taken, begun=begun, row_before=clock.row_before)

@@ -28,7 +28,6 @@ from surefoot.errors import (
     SurefootError,
     nearest,
 )
-from surefoot.generators import Generators
 from surefoot.guard.watch import Watch
 from surefoot.heal import Healer, Row
 from surefoot.identity import describe, describe_model
@@ -51,7 +50,7 @@ from surefoot.parallel.single import Single
 from surefoot.protocols import Weighing
 from surefoot.recipe import Recipe, Validation
 from surefoot.state import RunState
-from surefoot.train_step import Parts
+from surefoot.train_step import Parts, seed_generators
 from surefoot.trials import Trial
 from surefoot.types import DurationLike, duration
 
@@ -292,7 +291,6 @@ def _assemble(
         strategy=Single(),
         device=device,
         draws=key(recipe.seed, "forward"),
-        generators=Generators(device),
         micro=micro,
         physical=physical_rows(operations.compute.micro_batch, micro, model),
         kernels=Kernels(device, deterministic=operations.compute.deterministic),
@@ -391,7 +389,7 @@ def _evaluation(recipe: Recipe, operations: Operations, parts: Parts, plan: Plan
         metrics=v.metrics,
         batches=lambda: feed.batches(0, int(in_order.updates_per_epoch)),
         forward=parts.precision.evaluation,
-        seed=lambda: parts.generators.seed(draws),
+        seed=lambda: seed_generators(draws, parts.device),
     )
 
 

@@ -8,24 +8,25 @@ split has the same gradient.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
 from surefoot.errors import OperationsError, RecipeError
-from surefoot.generators import Generators
 from surefoot.guard.detect import Decision
 from surefoot.guard.watch import Watch
 from surefoot.keys import seed_of
 from surefoot.measure.profile import phase
 from surefoot.measure.readings import RowNumbers
 from surefoot.optim.buffers import Buffers
-from surefoot.optim.gradients import ClipNorm, ClipValue, global_norm, norms_of
+from surefoot.optim.gradients import global_norm, norms_of
 from surefoot.optim.places import Places
 from surefoot.optim.precision import Precision
 from surefoot.optim.update import Updater
@@ -42,8 +43,8 @@ class Parts:
     """What a step is made of.
 
     weigh: the objective's, if it has one. params: trainable, in the model's order. base_lr: of each
-    parameter group. draws: key of the random numbers of forward passes, drawn from `generators`.
-    micro: rows of a logical micro-batch. physical: rows that go through the model at once, at most `micro`.
+    parameter group. draws: key of the random numbers of forward passes. micro: rows of a logical
+    micro-batch. physical: rows that go through the model at once, at most `micro`.
     """
 
     model: nn.Module
@@ -60,22 +61,15 @@ class Parts:
     strategy: Strategy
     device: torch.device
     draws: int
-    generators: Generators
     micro: int
     physical: int
     kernels: Kernels
 
-    @property
-    def only_passes_draw(self) -> bool:
-        """Whether nothing else in a step has code of the caller's, which may draw random numbers."""
-        updater, own = self.updater, {ClipNorm, ClipValue}
-        return updater.well_known and not updater.is_hooked() and {type(t) for t in self.transforms} <= own
-
 
 class Attempt(NamedTuple):
-    """Numbers of one attempted update: 0-d tensors, or numbers that the host has, see `Outcome`. verdict,
-    clip: of the guard. trained, norms: the parameters that got a gradient, and its 2-norms before clipping,
-    1-d. packed: `numbers` in one tensor, if they are.
+    """Numbers of one attempted update, see `Outcome`: 0-d tensors; those of types that say so may be floats,
+    on a host. verdict, clip: of the guard. trained, norms: the parameters that got a gradient, and its
+    2-norms before clipping, 1-d. packed: `numbers` in one tensor, if they are.
     """
 
     loss: Tensor
@@ -202,26 +196,9 @@ def gradients(
 
 
 def repeatable(parts: Parts, batch: Minibatch, passes: Callable[[], _T], *, captured: bool = False) -> _T:
-    """What passes return that can be repeated: by kernels that do (where an operation has none, taken again
-    by any, but for passes that are being captured: they leave what they have begun in the graph), and with
-    all random numbers of the step's own.
+    """What passes return, by kernels that repeat; where an operation has none, taken again by any, but for
+    passes that are being captured: they leave what they have begun in the graph.
     """
-    try:
-        found = _by_kernels_that_repeat(parts, batch, passes, captured=captured)
-    except Exception:  # which may be for what was drawn
-        if not parts.generators.drew():
-            raise
-    else:
-        if not parts.generators.drew():
-            return found
-    undo(parts, whole=False)
-    parts.buffers.remember()
-    return _by_kernels_that_repeat(parts, batch, passes, captured=captured)
-
-
-def _by_kernels_that_repeat(
-    parts: Parts, batch: Minibatch, passes: Callable[[], _T], *, captured: bool
-) -> _T:
     kernels = parts.kernels
     if not kernels.strict:
         return passes()
@@ -257,7 +234,7 @@ def accumulate(
     for piece in pieces:
         if piece.begins_micro:
             if inside is None:
-                parts.generators.seed(seed_of(parts.draws, batch.slots.step, piece.micro))
+                seed_generators(seed_of(parts.draws, batch.slots.step, piece.micro), parts.device)
             else:
                 inside.begin_micro(piece.micro)
             before = torch.default_generator.get_state() if parts.physical < parts.micro else None
@@ -416,3 +393,15 @@ def batch_weight(parts: Parts, batch: Minibatch, weights: Tensor | None) -> Tens
 def positive(weight: Tensor) -> Tensor:
     """1 for a batch in which nothing counts: its loss and gradient are then zero, not NaN."""
     return torch.where(weight > 0, weight, 1)
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seeds Python's, numpy's and torch's generators, and that of the device if it is another.
+
+    Not by `torch.manual_seed`, which takes 0.3 ms, since it visits every kind of accelerator.
+    """
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)

@@ -16,7 +16,7 @@ LEVELS = [
     {"keys", "types", "durable", "laps", "unchanged"},
     {"protocols", "compiled", "direct"},
     PARTS,
-    {"segments"},
+    {"segments", "draws"},
     {"state"},
     {"train_step"},
     {"passes"},

@@ -265,7 +265,7 @@ def test_a_parameter_is_measured_and_put_back_where_it_is(at_once, moves, lr):
         )
         moved = torch.cat([p.detach() - b for p, b in zip(params, before, strict=True)])
         assert applied.item() == (rate < 1)
-        assert float(ratio) == (moved.norm() / torch.cat(before).norm()).item()
+        assert ratio == (moved.norm() / torch.cat(before).norm()).item()
         assert moved.any() == applied
         if not applied:
             kept = [s["momentum_buffer"] for s in optimizer.state.values()]

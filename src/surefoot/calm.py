@@ -24,13 +24,16 @@ from surefoot.course import (
     update,
     without_quarantined,
 )
+from surefoot.data.sources import Arrays
 from surefoot.direct import Direct
+from surefoot.draws import draws_nothing
 from surefoot.graph import Graph
 from surefoot.guard.detect import BLOCK, FINE, LAG
 from surefoot.guard.review import Alarm
 from surefoot.heal import EVERY
 from surefoot.laps import ALL_TAKEN, NOT_APPLIED, Done
 from surefoot.measure.readings import floats
+from surefoot.optim.gradients import ClipNorm, ClipValue
 from surefoot.train_step import Attempt
 from surefoot.types import Minibatch
 
@@ -69,6 +72,7 @@ def _one_by_one(course: Course, batches: Batches, clock: Clock, most: int) -> Ah
     state, guard, now, begun = course.state, course.parts.guard, time.perf_counter, clock.boundary
     num, alarm = min(most, EVERY - 1 - state.step % EVERY, guard.fine_for(state.step), BLOCK), None
     taken: list[Taken] = []
+    course.parts.generators.rest = _draws_nothing(course)
     try:
         for multiplier in multipliers(course, num):
             if clock.boundary >= clock.ahead_until:
@@ -83,11 +87,22 @@ def _one_by_one(course: Course, batches: Batches, clock: Clock, most: int) -> Ah
             known = batch.slots, state.samples, multiplier, attempt.num_micro, clock.waited_s
             taken.append(Taken(*known, floats(attempt.numbers()), ended))
     finally:
+        course.parts.generators.rest = False
         if taken:
             alarm = guard.review_calm(taken[-1].slots.step, [one.numbers[0] for one in taken])
             settle_calm(course, taken, begun=begun, row_before=clock.row_before)
             clock.row_before = clock.boundary
     return Ahead(len(taken), alarm=heeded(course, alarm))
+
+
+def _draws_nothing(course: Course) -> bool:
+    """Whether nothing does in these steps, and there is no code of the caller's that could look."""
+    parts, source, own = course.parts, course.feed.source, {ClipNorm, ClipValue}
+    if type(source) is not Arrays or not {type(transform) for transform in parts.transforms} <= own:
+        return False
+    if not parts.updater.well_known or parts.updater.is_hooked():
+        return False
+    return draws_nothing(parts.model, parts.objective, source.arrays())
 
 
 class _Lap(NamedTuple):

@@ -22,7 +22,7 @@ from surefoot.guard.arithmetic import Tensors
 from surefoot.guard.detect import MOST_GROWTH, Decision, Limits, judge
 from surefoot.keys import seed_of
 from surefoot.measure.readings import pack
-from surefoot.train_step import Attempt, Inside, Parts, seed_generators, train_step
+from surefoot.train_step import Attempt, Inside, Parts, train_step
 from surefoot.types import Minibatch, leaves, map_leaves
 from surefoot.unchanged import Unchanged
 
@@ -100,7 +100,7 @@ class Captured:
         if check:
             for param, grad in zip(attempt.trained, launch.grads, strict=True):
                 param.grad = grad
-            seed_generators(seed_of(parts.draws, step, attempt.num_micro - 1), parts.device)
+            parts.generators.seed(seed_of(parts.draws, step, attempt.num_micro - 1))
             self._generator.set_offset(launch.draws[-1].get_offset())
             attempt = attempt._replace(permitted=attempt.permitted.bool())
         return attempt

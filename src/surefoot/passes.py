@@ -19,7 +19,6 @@ from surefoot.train_step import (
     losses_and_weights,
     pieces_of,
     repeatable,
-    seed_generators,
     undo,
 )
 from surefoot.types import Minibatch
@@ -89,7 +88,7 @@ def _only_forward(parts: Parts, batch: Minibatch) -> Tensor:
     found = []
     for piece in pieces_of(parts, batch):
         if piece.begins_micro:
-            seed_generators(seed_of(parts.draws, batch.slots.step, piece.micro), parts.device)
+            parts.generators.seed(seed_of(parts.draws, batch.slots.step, piece.micro))
         with parts.precision.forward(), parts.precision.attention():
             found.append(losses_and_weights(parts, piece.data, piece.num_rows)[0].detach().double())
     return torch.cat(found)

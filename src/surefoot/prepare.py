@@ -20,6 +20,7 @@ from surefoot.course import Course, Record, first_failure
 from surefoot.data.feed import Feed
 from surefoot.data.plan import Cadence, Plan
 from surefoot.data.sources import describe_source
+from surefoot.draws import Generators
 from surefoot.environment import code_commit, command_line, environment
 from surefoot.errors import (
     DataError,
@@ -50,7 +51,7 @@ from surefoot.parallel.single import Single
 from surefoot.protocols import Weighing
 from surefoot.recipe import Recipe, Validation
 from surefoot.state import RunState
-from surefoot.train_step import Parts, seed_generators
+from surefoot.train_step import Parts
 from surefoot.trials import Trial
 from surefoot.types import DurationLike, duration
 
@@ -291,6 +292,7 @@ def _assemble(
         strategy=Single(),
         device=device,
         draws=key(recipe.seed, "forward"),
+        generators=Generators(device),
         micro=micro,
         physical=physical_rows(operations.compute.micro_batch, micro, model),
         kernels=Kernels(device, deterministic=operations.compute.deterministic),
@@ -389,7 +391,7 @@ def _evaluation(recipe: Recipe, operations: Operations, parts: Parts, plan: Plan
         metrics=v.metrics,
         batches=lambda: feed.batches(0, int(in_order.updates_per_epoch)),
         forward=parts.precision.evaluation,
-        seed=lambda: seed_generators(draws, parts.device),
+        seed=lambda: parts.generators.seed(draws),
     )
 
 

@@ -187,9 +187,10 @@ def _updates(run: Run, batches: Batches, clock: Clock) -> Generator[Outcome, Non
         clock.ordinary_step_ended(label.step_s)
         with phase("row"):
             verdict = settle(run, label, attempt.numbers())
+        ratio = torch.as_tensor(attempt.update_ratio, dtype=torch.float32, device=parts.device)
         outcome = Outcome(
-            slots.step, slots.epoch, state.samples, label.lr, attempt.loss, attempt.grad_norm,
-            torch.as_tensor(attempt.update_ratio), attempt.permitted, parts.model, batch,
+            slots.step, slots.epoch, state.samples, label.lr, attempt.loss, attempt.grad_norm, ratio,
+            attempt.permitted, parts.model, batch,
         )  # fmt: skip
         if verdict is not None or parts.guard.pending is not None:
             status = _noted(run, verdict)

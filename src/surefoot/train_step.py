@@ -8,17 +8,16 @@ split has the same gradient.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from surefoot.draws import Generators
 from surefoot.errors import OperationsError, RecipeError
 from surefoot.guard.detect import Decision
 from surefoot.guard.watch import Watch
@@ -43,8 +42,8 @@ class Parts:
     """What a step is made of.
 
     weigh: the objective's, if it has one. params: trainable, in the model's order. base_lr: of each
-    parameter group. draws: key of the random numbers of forward passes. micro: rows of a logical
-    micro-batch. physical: rows that go through the model at once, at most `micro`.
+    parameter group. draws: key of the random numbers of forward passes, drawn from `generators`.
+    micro: rows of a logical micro-batch. physical: rows that go through the model at once, at most `micro`.
     """
 
     model: nn.Module
@@ -61,15 +60,16 @@ class Parts:
     strategy: Strategy
     device: torch.device
     draws: int
+    generators: Generators
     micro: int
     physical: int
     kernels: Kernels
 
 
 class Attempt(NamedTuple):
-    """Numbers of one attempted update, see `Outcome`: 0-d tensors; those of types that say so may be floats,
-    on a host. verdict, clip: of the guard. trained, norms: the parameters that got a gradient, and its
-    2-norms before clipping, 1-d. packed: `numbers` in one tensor, if they are.
+    """Numbers of one attempted update, see `Outcome`: 0-d tensors, or floats where the host has them.
+    verdict, clip: of the guard. trained, norms: the parameters that got a gradient, and its 2-norms before
+    clipping, 1-d. packed: `numbers` in one tensor, if they are.
     """
 
     loss: Tensor
@@ -234,7 +234,7 @@ def accumulate(
     for piece in pieces:
         if piece.begins_micro:
             if inside is None:
-                seed_generators(seed_of(parts.draws, batch.slots.step, piece.micro), parts.device)
+                parts.generators.seed(seed_of(parts.draws, batch.slots.step, piece.micro))
             else:
                 inside.begin_micro(piece.micro)
             before = torch.default_generator.get_state() if parts.physical < parts.micro else None
@@ -393,15 +393,3 @@ def batch_weight(parts: Parts, batch: Minibatch, weights: Tensor | None) -> Tens
 def positive(weight: Tensor) -> Tensor:
     """1 for a batch in which nothing counts: its loss and gradient are then zero, not NaN."""
     return torch.where(weight > 0, weight, 1)
-
-
-def seed_generators(seed: int, device: torch.device) -> None:
-    """Seeds Python's, numpy's and torch's generators, and that of the device if it is another.
-
-    Not by `torch.manual_seed`, which takes 0.3 ms, since it visits every kind of accelerator.
-    """
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(seed)

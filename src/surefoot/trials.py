@@ -21,7 +21,7 @@ from surefoot.keys import seed_of
 from surefoot.optim.functional import known
 from surefoot.passes import losses_of, probe
 from surefoot.state import RunState
-from surefoot.train_step import Parts, pieces_of, seed_generators, train_step
+from surefoot.train_step import Parts, pieces_of, train_step
 from surefoot.types import Minibatch, leaves
 from surefoot.unchanged import BACKWARD_HOOKS, HOOKS, Unchanged, hooked
 
@@ -95,7 +95,7 @@ def _draws_elsewhere(parts: Parts, batch: Minibatch) -> bool:
     losses_of(parts, batch)
     drawn = draw()
     *_, last = pieces_of(parts, batch)
-    seed_generators(seed_of(parts.draws, batch.slots.step, last.micro), parts.device)
+    parts.generators.seed(seed_of(parts.draws, batch.slots.step, last.micro))
     return drawn != draw()
 
 

@@ -86,6 +86,7 @@ class EndToEnd:
         sizes = [sum(p.numel() for p in group["params"]) for group in groups]
         room = torch.split(before.all, sizes), torch.split(weights.all, sizes)
         self._groups = [_Group(optimizer, *each) for each in zip(groups, *room, strict=True)]
+        self._state: dict[Tensor, dict[str, Any]] = {}
 
     def step(self) -> bool:
         """Updates the parameters. False, with nothing done, if it is an update for torch's class: a
@@ -96,8 +97,13 @@ class EndToEnd:
         if len(groups) != len(self._groups):
             return False
         each = list(zip(self._groups, groups, strict=True))
-        if not all(group.is_ready(options) for group, options in each):
+        state, before = self._optimizer.state, self._state
+        same = len(state) == len(before) and all(map(is_, state, before))
+        same = same and all(map(is_, state.values(), before.values()))
+        self._state = {}  # unless all are ready
+        if not all(group.is_ready(options, same=same) for group, options in each):
             return False
+        self._state = before if same else dict(state)
         if self._takes:
             self._before.take(self._params)
         for group, options in each:
@@ -109,8 +115,7 @@ class EndToEnd:
 class _Group:
     """A group of parameters, and what the optimizer keeps for them.
 
-    state: the optimizer's, as it was found. slots, sizes: of each parameter, and how many things they hold.
-    held: where each tensor among them is kept, and lies.
+    slots, sizes: of each parameter, and how many things they hold. held: where each tensor of these lies.
     """
 
     def __init__(
@@ -123,13 +128,12 @@ class _Group:
         self._gathered: Flat | None = None
         self._kept: dict[str, Flat] = {}
         self._counts: dict[str, list[Tensor]] = {}
-        self._state: dict[Tensor, dict[str, Any]] | None = None
         self._slots: list[dict[str, Any]] = []
         self._sizes: list[int] = []
         self._held: list[tuple[dict[str, Any], str, Tensor, int]] = []
 
-    def is_ready(self, options: dict[str, Any]) -> bool:
-        """Whether an update is possible; what is kept lies end to end then."""
+    def is_ready(self, options: dict[str, Any], *, same: bool) -> bool:
+        """Whether an update is possible; what is kept lies end to end then. same: in the slots as before."""
         if options["maximize"] or options["differentiable"] or isinstance(options["lr"], Tensor):
             return False
         if options.get("fused") or options.get("capturable"):
@@ -138,7 +142,7 @@ class _Group:
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             return False
         self._grads = [grad for p in params if (grad := p.grad) is not None and not grad.requires_grad]
-        if len(self._grads) < len(params) or not (self._is_held() or self._adopt()):
+        if len(self._grads) < len(params) or not ((same and self._is_held()) or self._adopt()):
             return False
         if not self._held and (self._function is not sgd or options["momentum"]):  # torch makes it first
             return False
@@ -172,12 +176,7 @@ class _Group:
 
     def _is_held(self) -> bool:
         """Whether the optimizer keeps what `_adopt` found, where that put it, and nothing else."""
-        state, before = self._optimizer.state, self._state
-        if before is None or len(state) != len(before) or not all(map(is_, state, before)):
-            return False
-        if not all(map(is_, state.values(), before.values())) or list(map(len, self._slots)) != self._sizes:
-            return False
-        return all(
+        return list(map(len, self._slots)) == self._sizes and all(
             slots.get(name) is one and one.data_ptr() == place for slots, name, one, place in self._held
         )
 
@@ -186,7 +185,7 @@ class _Group:
         memory of its own.
         """
         state, before = self._optimizer.state, self._kept
-        self._state, self._held, self._kept, self._counts = None, [], {}, {}
+        self._held, self._kept, self._counts = [], {}, {}
         self._slots = slots = [state[p] for p in self._params if p in state]
         kept = dict[str, list[Tensor]]()
         for name in self._names:
@@ -211,7 +210,7 @@ class _Group:
             self._held += [
                 (each, name, one, one.data_ptr()) for each, one in zip(slots, found, strict=True)
             ]
-        self._state, self._sizes = dict(state), list(map(len, slots))
+        self._sizes = list(map(len, slots))
         return True
 
 

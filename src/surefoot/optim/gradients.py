@@ -60,19 +60,19 @@ class ClipNorm:
 
     def __call__(self, grads: Sequence[Tensor], norm: Tensor) -> Tensor:
         """Clips `grads` in place; returns the norm after it."""
-        if not norm.is_cpu or norm.dtype != torch.float32 or torch.compiler.is_compiling():
-            factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
-        else:
-            was = norm.item()
-            number = self._factor(was)
-            if number >= 1.0:
+        if norm.is_cpu and norm.dtype == torch.float32 and not torch.compiler.is_compiling():
+            before = norm.item()
+            times = self._times(before)
+            if times >= 1.0:
                 return norm
-            torch._foreach_mul_(list(grads), _single(number))
-            return _single(was * number)
+            factor, after = _single(times), _single(before * times)
+        else:
+            factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+            after = norm * factor
         torch._foreach_mul_(list(grads), factor)
-        return norm * factor
+        return after
 
-    def _factor(self, norm: float) -> float:
+    def _times(self, norm: float) -> float:
         """``max_norm / (norm + 1e-6)`` as torch rounds it in single precision, where it multiplies by the
         reciprocal; in Python's numbers, which takes a fraction of the time.
         """

@@ -97,9 +97,10 @@ class Updater:
         in a loop without one.
 
         Returns the update ratio (2-norm of the change over 2-norm of the weights before; NaN where it is
-        not measured, 0 where the update is refused), and whether the update was applied. On a CPU an update
-        that turns out not to be finite (it overflowed, or the optimizer divided zero by zero) is undone,
-        the optimizer's state too. That takes copies, so it is watched for where it can happen: see `_tame`.
+        not measured, 0 where the update is refused; 0-d if `asks_device`, else a number), and whether the
+        update was applied. On a CPU an update that turns out not to be finite (it overflowed, or the optimizer
+        divided zero by zero) is undone, the optimizer's state too. That takes copies, so it is watched for
+        where it can happen: see `_tame`.
         """
         self.set_rates(multiplier, base)
         self._follow()
@@ -117,7 +118,7 @@ class Updater:
             self.optimizer.found_inf = (~permitted).float()  # type: ignore[attr-defined]
         self._take_step(copies)
         if copies is None:
-            return self._unmeasured, permitted
+            return self._unmeasured if self.asks_device else math.nan, permitted
         before, after = copies
         moved = torch.linalg.vector_norm(after.all.sub_(before.all))
         size = torch.linalg.vector_norm(before.all)
@@ -129,9 +130,9 @@ class Updater:
             if undo is not None:
                 undo()
             return 0.0, ~permitted
-        if moved.dtype == torch.float32 and self._size > 0:
-            return rounded(change / self._size), permitted
-        return moved / size, permitted
+        if moved.dtype != torch.float32 or not self._size:  # by zero torch divides, and Python does not
+            return (moved / size).item(), permitted
+        return rounded(change / self._size), permitted
 
     def _take_step(self, copies: tuple[Flat, Flat] | None) -> None:
         """The optimizer's. copies: of the weights before it, and room for those after it."""

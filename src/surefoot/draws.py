@@ -1,0 +1,101 @@
+"""The random generators that passes draw from, and passes that draw from none."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from surefoot.optim.objective import ClassWeighted, Supervised
+from surefoot.unchanged import HOOKS, hooked
+
+_MOST = 64
+"""Modules of a model that is looked at: seeding is nothing beside the passes of a larger one."""
+_LAYERS = {
+    nn.Linear, nn.Bilinear, nn.Embedding, nn.Identity, nn.Flatten, nn.Unflatten,
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+    nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.Upsample, nn.PixelShuffle, nn.ZeroPad1d, nn.ZeroPad2d,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Softplus, nn.Softsign, nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid,
+    nn.Softmax, nn.LogSoftmax,
+}  # fmt: skip
+_LOSSES = (
+    F.cross_entropy, F.nll_loss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss,
+    F.binary_cross_entropy, F.binary_cross_entropy_with_logits,
+)  # fmt: skip
+_OWN = set(dir(nn.Sequential)) - {"__init__", "__module__", "__doc__", "__annotations__"}
+_HELD = vars(Supervised(F.cross_entropy, {})).keys()
+_PLAIN = {Tensor, nn.Parameter, bool, int, float, type(None)}
+
+
+class Generators:
+    """Seeds Python's, numpy's and torch's generators, and that of the device if it is another; none while
+    they `rest`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self.rest = device, False
+
+    def seed(self, seed: int) -> None:
+        """Not by `torch.manual_seed`, which takes 0.3 ms, since it visits every kind of accelerator."""
+        if self.rest:
+            return
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        torch.default_generator.manual_seed(seed)
+        if self._device.type == "cuda":
+            torch.cuda.default_generators[self._device.index or 0].manual_seed(seed)
+
+
+def draws_nothing(model: nn.Module, objective: object, arrays: Sequence[Tensor]) -> bool:
+    """Whether a pass is torch's code alone, none of which draws random numbers: known layers, in
+    `nn.Sequential`, a known loss function, and nothing of the caller's that is called in between.
+
+    Args:
+        arrays: of which batches are made.
+    """
+    modules = list(itertools.islice(model.modules(), _MOST + 1))
+    return (
+        len(modules) <= _MOST
+        and all(map(_is_known, modules))
+        and _is_known_loss(objective)
+        and {type(array) for array in arrays} == {Tensor}
+        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    )
+
+
+def _is_known(module: nn.Module) -> bool:
+    own, kind = vars(module), type(module)
+    if any(map(callable, own.values())) or any(own[hooks] for hooks in HOOKS):
+        return False
+    if kind not in _LAYERS and not _is_sequential(kind):
+        return False
+    tensors = [t for t in (*own["_parameters"].values(), *own["_buffers"].values()) if t is not None]
+    return {type(t) for t in tensors} <= _PLAIN and not any(map(hooked, tensors))
+
+
+def _is_sequential(kind: type) -> bool:
+    """Whether it goes forward as `nn.Sequential` does."""
+    if not issubclass(kind, nn.Sequential):
+        return False
+    derived = kind.__mro__[: kind.__mro__.index(nn.Sequential)]
+    return not any(vars(one).keys() & _OWN for one in derived)
+
+
+def _is_known_loss(objective: object) -> bool:
+    if not isinstance(objective, Supervised) or type(objective) not in (Supervised, ClassWeighted):
+        return False
+    known = any(objective.function is loss for loss in _LOSSES) and vars(objective).keys() == _HELD
+    return known and {type(value) for value in objective.options.values()} <= _PLAIN

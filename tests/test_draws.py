@@ -273,7 +273,7 @@ def test_validation_after_steps_that_draw_nothing_is_seeded(fit):
         found.append((random.random(), np.random.random(), torch.rand(1).item()))
         return torch.zeros(len(data[1]))
 
-    validation = sf.Validation(sf.Arrays(*blobs()), every="30u", batch=256, metrics={"drawn": drawn})
+    validation = sf.Validation(sf.Arrays(*blobs()), every=30, batch=256, metrics={"drawn": drawn})
     fit(validation=validation, until=STEPS)
     assert len(found) > 4
     assert len(set(found)) == 1

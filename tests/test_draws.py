@@ -18,7 +18,7 @@ from surefoot.draws import _LAYERS, _LOSSES, Generators, draws_nothing
 
 STEPS = 120
 LOSS = sf.supervised(F.cross_entropy)
-ARRAYS = [torch.zeros(4, 8), torch.zeros(4, dtype=torch.int64)]
+ARRAYS = sf.Arrays(torch.zeros(4, 8), torch.zeros(4, dtype=torch.int64))
 ARGUMENTS = {
     "in_features": 6, "in1_features": 6, "in2_features": 6, "out_features": 6, "in_channels": 6,
     "out_channels": 6, "num_features": 6, "num_channels": 6, "num_groups": 2, "num_embeddings": 9,
@@ -93,6 +93,15 @@ class Mixed(Mixin, nn.Sequential):
     pass
 
 
+class Base(nn.Module):
+    def __call__(self, x):
+        return super().__call__(x + random.random())
+
+
+class Based(nn.Sequential, Base):
+    pass
+
+
 class Leaf(nn.Linear):
     def forward(self, x):
         return super().forward(x + random.random())
@@ -140,11 +149,19 @@ def subclassed():
     return model
 
 
+def attribute():
+    model = mlp()
+    del model[0].bias
+    model[0].bias = torch.zeros(16).as_subclass(Weights)
+    return model
+
+
 THEIRS = {
     "own forward": lambda: Forward(*mlp()),
     "own call": lambda: Called(*mlp()),
     "own iteration": lambda: Iterated(*mlp()),
     "mixed in": lambda: Mixed(*mlp()),
+    "own base": lambda: Based(*mlp()),
     "own layer": lambda: nn.Sequential(Leaf(8, 3)),
     "own module": lambda: nn.Sequential(Noise(), *mlp()),
     "module alone": Noise,
@@ -160,6 +177,7 @@ THEIRS = {
     "parametrized": parametrized,
     "weight norm": lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 3))),
     "subclass of Tensor": subclassed,
+    "subclass of Tensor as an attribute": attribute,
     "many layers": lambda: nn.Sequential(*[nn.Identity() for _ in range(64)], *mlp()),
 }
 
@@ -192,12 +210,25 @@ def test_whatever_else_of_the_callers_runs_may_draw():
     assert draws_nothing(model, LOSS, ARRAYS)
     assert not draws_nothing(model, lambda model, data: F.mse_loss(*data), ARRAYS)
     assert not draws_nothing(model, sf.supervised(lambda x, y, reduction: noise()), ARRAYS)
-    assert not draws_nothing(model, LOSS, [ARRAYS[0].as_subclass(Weights), ARRAYS[1]])
+    assert not draws_nothing(model, LOSS, sf.Arrays(torch.zeros(4, 8).as_subclass(Weights), torch.zeros(4)))
+    patched = sf.Arrays(torch.zeros(4, 8), torch.zeros(4))
+    patched.nest = noise
+    assert not draws_nothing(model, LOSS, patched)
     weighted = sf.supervised(F.cross_entropy, weight=torch.ones(3).as_subclass(Weights))
     assert not draws_nothing(model, weighted, ARRAYS)
     changed = sf.supervised(F.cross_entropy)
     changed._elements = noise
     assert not draws_nothing(model, changed, ARRAYS)
+
+
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [(nn.Linear, "forward"), (nn.Sequential, "forward"), (nn.Module, "_call_impl"), (F, "linear")],
+)
+def test_what_somebody_put_in_the_place_of_torchs_code_may_draw(monkeypatch, of, name):
+    was = getattr(of, name)
+    monkeypatch.setattr(of, name, lambda *args: was(*args))
+    assert not draws_nothing(mlp(), LOSS, ARRAYS)
 
 
 class Plain(nn.Sequential):
@@ -244,6 +275,13 @@ class Optimizer(torch.optim.SGD):
 class Rows(sf.Arrays):
     def nest(self, parts):
         return (parts[0] + 1e-3 * random.random(), *parts[1:])
+
+
+def test_a_step_in_the_place_of_torchs_may_draw(fit, seeds, monkeypatch):
+    was = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, closure=None: was(self, closure))
+    fit(until=STEPS)
+    assert len(seeds) >= STEPS
 
 
 @pytest.mark.parametrize(

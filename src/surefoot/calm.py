@@ -24,7 +24,6 @@ from surefoot.course import (
     update,
     without_quarantined,
 )
-from surefoot.data.sources import Arrays
 from surefoot.direct import Direct
 from surefoot.draws import draws_nothing
 from surefoot.graph import Graph
@@ -97,12 +96,10 @@ def _one_by_one(course: Course, batches: Batches, clock: Clock, most: int) -> Ah
 
 def _draws_nothing(course: Course) -> bool:
     """Whether nothing does in these steps, and there is no code of the caller's that could look."""
-    parts, source, own = course.parts, course.feed.source, {ClipNorm, ClipValue}
-    if type(source) is not Arrays or not {type(transform) for transform in parts.transforms} <= own:
+    parts, own = course.parts, {ClipNorm, ClipValue}
+    if not {type(transform) for transform in parts.transforms} <= own or not parts.updater.is_torchs():
         return False
-    if not parts.updater.well_known or parts.updater.is_hooked():
-        return False
-    return draws_nothing(parts.model, parts.objective, source.arrays())
+    return draws_nothing(parts.model, parts.objective, course.feed.source)
 
 
 class _Lap(NamedTuple):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
-from collections.abc import Sequence
+from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import torch
@@ -12,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from surefoot.data.sources import Arrays
 from surefoot.optim.objective import ClassWeighted, Supervised
 from surefoot.unchanged import HOOKS, hooked
 
 _MOST = 64
-"""Modules of a model that is looked at: seeding is nothing beside the passes of a larger one."""
+"""Modules: beside passes of a model that has more, seeding takes no time."""
 _LAYERS = {
     nn.Linear, nn.Bilinear, nn.Embedding, nn.Identity, nn.Flatten, nn.Unflatten,
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -32,9 +35,14 @@ _LOSSES = (
     F.cross_entropy, F.nll_loss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss,
     F.binary_cross_entropy, F.binary_cross_entropy_with_logits,
 )  # fmt: skip
-_OWN = set(dir(nn.Sequential)) - {"__init__", "__module__", "__doc__", "__annotations__"}
-_HELD = vars(Supervised(F.cross_entropy, {})).keys()
+_FUNCTIONS = {name: value for name, value in vars(F).items() if callable(value)}
+_METHODS = ("__call__", "_call_impl", "__getattr__", "forward")
+_OF_A_CLASS = {
+    "__init__", "__module__", "__doc__", "__annotations__", "__firstlineno__", "__static_attributes__"
+}  # fmt: skip
+_NAMES = set(dir(nn.Sequential)) - _OF_A_CLASS
 _PLAIN = {Tensor, nn.Parameter, bool, int, float, type(None)}
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 
 class Generators:
@@ -56,19 +64,17 @@ class Generators:
             torch.cuda.default_generators[self._device.index or 0].manual_seed(seed)
 
 
-def draws_nothing(model: nn.Module, objective: object, arrays: Sequence[Tensor]) -> bool:
-    """Whether a pass is torch's code alone, none of which draws random numbers: known layers, in
-    `nn.Sequential`, a known loss function, and nothing of the caller's that is called in between.
-
-    Args:
-        arrays: of which batches are made.
+def draws_nothing(model: nn.Module, objective: object, source: object) -> bool:
+    """Whether passes are torch's code alone, none of which draws random numbers: known layers, in
+    `nn.Sequential`, a known loss function, arrays, and nothing of the caller's that is called in between.
     """
     modules = list(itertools.islice(model.modules(), _MOST + 1))
     return (
         len(modules) <= _MOST
         and all(map(_is_known, modules))
         and _is_known_loss(objective)
-        and {type(array) for array in arrays} == {Tensor}
+        and _is_plain(source)
+        and vars(F).items() >= _FUNCTIONS.items()
         and not _has_any_global_hook()  # type: ignore[no-untyped-call]
         and not torch._C._len_torch_function_stack()
         and not torch._C._len_torch_dispatch_stack()
@@ -78,24 +84,37 @@ def draws_nothing(model: nn.Module, objective: object, arrays: Sequence[Tensor])
 
 def _is_known(module: nn.Module) -> bool:
     own, kind = vars(module), type(module)
-    if any(map(callable, own.values())) or any(own[hooks] for hooks in HOOKS):
-        return False
     if kind not in _LAYERS and not _is_sequential(kind):
         return False
-    tensors = [t for t in (*own["_parameters"].values(), *own["_buffers"].values()) if t is not None]
-    return {type(t) for t in tensors} <= _PLAIN and not any(map(hooked, tensors))
+    if not all(_is_torchs(getattr(kind, name)) for name in _METHODS):
+        return False
+    if any(map(callable, own.values())) or any(own[hooks] for hooks in HOOKS):
+        return False
+    held = (*own.values(), *own["_parameters"].values(), *own["_buffers"].values())
+    tensors = [value for value in held if isinstance(value, Tensor)]
+    return {type(tensor) for tensor in tensors} <= _PLAIN and not any(map(hooked, tensors))
 
 
 def _is_sequential(kind: type) -> bool:
     """Whether it goes forward as `nn.Sequential` does."""
-    if not issubclass(kind, nn.Sequential):
-        return False
-    derived = kind.__mro__[: kind.__mro__.index(nn.Sequential)]
-    return not any(vars(one).keys() & _OWN for one in derived)
+    others = [one for one in kind.__mro__ if one not in (nn.Sequential, nn.Module, object)]
+    return issubclass(kind, nn.Sequential) and not any(vars(one).keys() & _NAMES for one in others)
+
+
+def _is_torchs(function: object) -> bool:
+    return isinstance(function, FunctionType) and function.__code__.co_filename.startswith(_TORCH)
 
 
 def _is_known_loss(objective: object) -> bool:
     if not isinstance(objective, Supervised) or type(objective) not in (Supervised, ClassWeighted):
         return False
-    known = any(objective.function is loss for loss in _LOSSES) and vars(objective).keys() == _HELD
+    if vars(objective).keys() != {"function", "options"} or not _is_torchs(objective.function):
+        return False
+    known = any(objective.function is loss for loss in _LOSSES)
     return known and {type(value) for value in objective.options.values()} <= _PLAIN
+
+
+def _is_plain(source: object) -> bool:
+    if type(source) is not Arrays or any(map(callable, vars(source).values())):
+        return False
+    return {type(array) for array in source.arrays()} == {Tensor}

@@ -187,7 +187,7 @@ def _updates(run: Run, batches: Batches, clock: Clock) -> Generator[Outcome, Non
         clock.ordinary_step_ended(label.step_s)
         with phase("row"):
             verdict = settle(run, label, attempt.numbers())
-        ratio = torch.as_tensor(attempt.update_ratio, dtype=torch.float32, device=parts.device)
+        ratio = torch.as_tensor(attempt.update_ratio, dtype=attempt.grad_norm.dtype, device=parts.device)
         outcome = Outcome(
             slots.step, slots.epoch, state.samples, label.lr, attempt.loss, attempt.grad_norm, ratio,
             attempt.permitted, parts.model, batch,

@@ -133,7 +133,7 @@ class _Group:
         self._held: list[tuple[dict[str, Any], str, Tensor, int]] = []
 
     def is_ready(self, options: dict[str, Any], *, same: bool) -> bool:
-        """Whether an update is possible; what is kept lies end to end then. same: in the slots as before."""
+        """Whether an update is possible; what is kept lies end to end then. same: in the same slots."""
         if options["maximize"] or options["differentiable"] or isinstance(options["lr"], Tensor):
             return False
         if options.get("fused") or options.get("capturable"):

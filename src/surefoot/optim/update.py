@@ -98,9 +98,9 @@ class Updater:
 
         Returns the update ratio (2-norm of the change over 2-norm of the weights before; NaN where it is
         not measured, 0 where the update is refused; 0-d if `asks_device`, else a number), and whether the
-        update was applied. On a CPU an update that turns out not to be finite (it overflowed, or the optimizer
-        divided zero by zero) is undone, the optimizer's state too. That takes copies, so it is watched for
-        where it can happen: see `_tame`.
+        update was applied. On a CPU an update that turns out not to be finite (it overflowed, or the
+        optimizer divided zero by zero) is undone, the optimizer's state too. That takes copies, so it is
+        watched for where it can happen: see `_tame`.
         """
         self.set_rates(multiplier, base)
         self._follow()
@@ -173,6 +173,10 @@ class Updater:
             or "step" in vars(self.optimizer)
             or type(self.optimizer).step is not self._step
         )
+
+    def is_torchs(self) -> bool:
+        """Whether no code but torch's runs in a step."""
+        return self._bare_step is not None and not self.is_hooked()
 
     def measures(self, step: int) -> bool:
         """Whether `update_ratio` is measured in it."""

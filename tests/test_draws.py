@@ -315,3 +315,25 @@ def test_validation_after_steps_that_draw_nothing_is_seeded(fit):
     fit(validation=validation, until=STEPS)
     assert len(found) > 4
     assert len(set(found)) == 1
+
+
+def test_a_metric_that_hooks_into_the_model_is_noticed(fit, monkeypatch):
+    """After validation it is looked again."""
+
+    calls = []
+
+    def hooks(model, data):
+        calls.append(model)
+        if len(calls) == 20:
+            model[0].register_forward_hook(lambda module, given, found: found + 0.1 * random.random())
+        return torch.zeros(len(data[1]))
+
+    def digest():
+        calls.clear()
+        validation = sf.Validation(sf.Arrays(*blobs()), every=30, metrics={"hooks": hooks})
+        return fit(validation=validation, until=STEPS).digest
+
+    found = digest()
+    never = property(lambda self: False, lambda self, value: None)
+    monkeypatch.setattr(Generators, "rest", never, raising=False)
+    assert digest() == found

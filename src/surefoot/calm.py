@@ -71,7 +71,9 @@ def _one_by_one(course: Course, batches: Batches, clock: Clock, most: int) -> Ah
     state, guard, now, begun = course.state, course.parts.guard, time.perf_counter, clock.boundary
     num, alarm = min(most, EVERY - 1 - state.step % EVERY, guard.fine_for(state.step), BLOCK), None
     taken: list[Taken] = []
-    course.parts.generators.rest = _draws_nothing(course)
+    if course.draws_nothing is None:
+        course.draws_nothing = _draws_nothing(course)
+    course.parts.generators.rest = course.draws_nothing
     try:
         for multiplier in multipliers(course, num):
             if clock.boundary >= clock.ahead_until:

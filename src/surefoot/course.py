@@ -119,7 +119,8 @@ class Course:
     blames: samples that break a step are looked for. alone: no code of the caller runs between steps.
     before: rows of an earlier attempt, and their numbers of passes, for steps that are taken again now:
     they must come out alike. price_per_s: of a second of this machine, or 0. has_learned: an update before
-    the next was applied, as far as has been looked.
+    the next was applied, as far as has been looked. draws_nothing: no pass draws random numbers; None: that
+    has not been looked at since code of the caller's ran.
     """
 
     parts: Parts
@@ -141,6 +142,7 @@ class Course:
     graph: Graph | Captured | None = None
     before: dict[int, tuple[Row, int]] = field(default_factory=dict)
     has_learned: bool = False
+    draws_nothing: bool | None = None
     warned: dict[str, int] = field(default_factory=dict)
 
 
@@ -463,6 +465,7 @@ def run_validation(course: Course) -> dict[str, float] | None:
     begun = time.perf_counter()
     with phase("validation"):
         metrics = course.evaluation(course.parts.model, stop=course.stop)
+    course.draws_nothing = None
     if course.graph is not None:
         course.graph.suspects = True
     if metrics is None:

@@ -302,13 +302,22 @@ def recipe() -> sf.Recipe:
         objective=sf.supervised(F.cross_entropy), optimizer=sf.SGD(lr=0.01), batch=sf.Batch(4))
 """
 
+LOCKED = """import gc, multiprocessing.synchronize as mp
+            assert [e._cond.acquire() for e in gc.get_objects() if isinstance(e, mp.Event)]
+            """
+"""Whoever asks whether the workers are to end waits from now on."""
+UNARMED = "(HERE / 'armed').unlink(); "
+
 
 @pytest.mark.parametrize(
     ("trouble", "reason"),
     [
-        ("(HERE / 'armed').unlink(); os.kill(os.getpid(), signal.SIGKILL)", "died"),
-        ("(HERE / 'armed').unlink(); os.kill(os.getpid(), signal.SIGSTOP)", "hung"),
+        (UNARMED + "os.kill(os.getpid(), signal.SIGKILL)", "died"),
+        (UNARMED + "os.kill(os.getpid(), signal.SIGSTOP)", "hung"),
+        (LOCKED + UNARMED + "os.kill(os.getpid(), signal.SIGKILL)", "died"),
+        (LOCKED + UNARMED + "os.kill(os.getpid(), signal.SIGSTOP)", "hung"),
     ],
+    ids=["died", "hung", "died-with-a-lock", "hung-with-a-lock"],
 )
 def test_a_dead_or_hung_worker_is_named_and_replaced(tmp_path, trouble, reason):
     (tmp_path / "mine.py").write_text(WORKERS.replace("{trouble}", trouble))

@@ -32,12 +32,22 @@ def started(loader: DataLoader[Tree]) -> Iterator[Tree]:
     an update too. That handler is taken back: whoever waits for the worker notices.
     """
     if threading.current_thread() is not threading.main_thread():
-        return iter(loader)
+        return _not_held_up(iter(loader))
     before = signal.getsignal(signal.SIGCHLD)
     try:
-        return iter(loader)
+        return _not_held_up(iter(loader))
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+def _not_held_up(workers: Any) -> Iterator[Tree]:
+    """Once a worker has died, torch asks an event that they share whether they are to end: behind a lock, for
+    which it waits for ever if that worker died while it held it. They are ended without this (`end`).
+    """
+    if hasattr(workers, "_workers_done_event"):
+        workers._workers_done_event = threading.Event()
+    found: Iterator[Tree] = workers
+    return found
 
 
 def next_of(workers: Iterator[Tree], timeout_s: float, watch: Watch) -> tuple[Tree, dict[str, Any]]:

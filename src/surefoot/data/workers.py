@@ -41,8 +41,8 @@ def started(loader: DataLoader[Tree]) -> Iterator[Tree]:
 
 
 def _not_held_up(workers: Any) -> Iterator[Tree]:
-    """Once a worker has died, torch asks an event that they share whether they are to end: behind a lock, for
-    which it waits for ever if that worker died while it held it. They are ended without this (`end`).
+    """Once a worker has died, torch asks an event that they share whether they are to end: behind a lock,
+    for which it waits for ever if that worker held it. They are ended without this (`end`).
     """
     if hasattr(workers, "_workers_done_event"):
         workers._workers_done_event = threading.Event()

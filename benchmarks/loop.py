@@ -42,8 +42,8 @@ from turns import advance, in_turns, ratio
 CONTENDERS = (
     "loop", "bare", "surefoot", "surefoot-fused", "surefoot-compiled", "surefoot-tuned", "surefoot-bf16"
 )  # fmt: skip
-TURN = {"mlp": 800, "cnn": 40, "gpt": 6}
-"""Updates of a turn."""
+TURN = {"cnn": 40, "gpt": 6}
+"""Updates of a turn, where they are not 800."""
 CHECKPOINTS: dict[str, str] = {}
 """Settings of a run's checkpoints."""
 TUNED = "SUREFOOT_BENCHMARK_TUNED"
@@ -168,7 +168,7 @@ def run_turns(
 
     torch.set_num_threads(threads)
     CHECKPOINTS["every"] = "1h"  # by default the clock says when, which goes on in the others' turns
-    steps, workload = TURN[workload_name], WORKLOADS[workload_name]
+    steps, workload = TURN.get(workload_name, 800), WORKLOADS[workload_name]
     workload = replace(workload, timed=4 * (turns + 2) * steps)  # turns may take more than their steps
     iterators = {name: globals()[name.replace("-", "_")](workload) for name in contenders}
     for contender in iterators.values():

@@ -38,6 +38,14 @@ class MLP(nn.Sequential):
         return x, torch.randint(0, 10, (20_000,), generator=generator)
 
 
+class OwnMLP(MLP):
+    """Goes forward in a way of its own, as a model may that draws random numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, activation, second = self
+        return second(activation(first(x)))
+
+
 class NormedMLP(nn.Sequential):
     """With running statistics."""
 
@@ -118,6 +126,7 @@ WORKLOADS = {
     w.name: w
     for w in (
         Workload("mlp", MLP, "sgd", 0.05, 64, 200, 3_000),
+        Workload("mlp-own", OwnMLP, "sgd", 0.05, 64, 200, 3_000),
         Workload("mlp-adamw", MLP, "adamw", 1e-3, 64, 200, 3_000),
         Workload("normed", NormedMLP, "sgd", 0.05, 64, 200, 3_000),
         Workload("cnn", CNN, "sgd", 0.05, 64, 20, 200),

@@ -97,7 +97,7 @@ def _one_by_one(course: Course, batches: Batches, clock: Clock, most: int) -> Ah
 
 
 def _draws_nothing(course: Course) -> bool:
-    """Whether nothing does in these steps, and there is no code of the caller's that could look."""
+    """Whether no step draws random numbers, or has code of the caller's in it, which may look at them."""
     parts, own = course.parts, {ClipNorm, ClipValue}
     if not {type(transform) for transform in parts.transforms} <= own or not parts.updater.is_torchs():
         return False

@@ -137,6 +137,14 @@ def patched(name, value=noise):
     return model
 
 
+def with_node_hook():
+    model = mlp()
+    weight = model[0].weight
+    model.nodes = [weight.expand_as(weight).grad_fn.next_functions[0][0]]
+    model.nodes[0].register_prehook(noise)
+    return model
+
+
 def parametrized():
     model = mlp()
     parametrize.register_parametrization(model[0], "weight", Noise())
@@ -174,6 +182,7 @@ THEIRS = {
     "backward pre-hook": lambda: with_hook("register_full_backward_pre_hook", 2),
     "gradient hook": lambda: with_param_hook("register_hook"),
     "accumulation hook": lambda: with_param_hook("register_post_accumulate_grad_hook"),
+    "hook on a node": with_node_hook,
     "parametrized": parametrized,
     "weight norm": lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 3))),
     "subclass of Tensor": subclassed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import sys
 from pathlib import Path
 from types import FunctionType
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.module import _has_any_global_hook
 
 from surefoot.data.sources import Arrays
@@ -92,7 +94,18 @@ def _is_known(module: nn.Module) -> bool:
         return False
     held = (*own.values(), *own["_parameters"].values(), *own["_buffers"].values())
     tensors = [value for value in held if isinstance(value, Tensor)]
-    return {type(tensor) for tensor in tensors} <= _PLAIN and not any(map(hooked, tensors))
+    if not {type(tensor) for tensor in tensors} <= _PLAIN:
+        return False
+    return not any(hooked(tensor) or (tensor.requires_grad and _is_watched(tensor)) for tensor in tensors)
+
+
+def _is_watched(param: Tensor) -> bool:
+    """Whether somebody holds the node in which its gradient arrives, on which a hook may hang unseen."""
+    return not param.is_leaf or _references(get_gradient_edge(param).node) > _references(object())
+
+
+def _references(one: object) -> int:
+    return sys.getrefcount(one)
 
 
 def _is_sequential(kind: type) -> bool:
